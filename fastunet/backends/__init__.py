@@ -1,0 +1,162 @@
+"""One table of primitive kernels for every device: what `fastunet.ops` calls, and how a device is chosen.
+
+`Backend` states the contract; an instance is a backend's whole table. Arrays are the backend's own objects with a
+`shape` of (N, H, W, C); parameters and their gradients are flat buffers packed as its kernels read them.
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Backend(Protocol):
+    """The primitive kernels of a device, by the same names and argument order on each."""
+
+    name: str
+
+    def array(self, values: np.ndarray) -> Any:
+        """(N, H, W, C) values -> array."""
+
+    def numpy(self, array: Any) -> np.ndarray:
+        """Array -> (N, H, W, C) float32."""
+
+    def copy(self, array: Any) -> Any: ...
+
+    def scaled(self, array: Any, factor: float) -> Any:
+        """The array times a number, in place where the caller holds it alone."""
+
+    def accumulate(self, one: Any, other: Any, shape: tuple[int, ...]) -> Any:
+        """Sum of two gradients of a tensor of `shape`, each of that shape or its centre; may reuse either."""
+
+    def full_size(self, gradient: Any, shape: tuple[int, ...]) -> Any:
+        """The gradient itself, or zeros of `shape` around it where it is the centre only."""
+
+    def buffer(self, count: int) -> Any:
+        """A flat float32 buffer of zeros, sliceable, for parameters, their gradients or momenta."""
+
+    def pack(self, values: np.ndarray, kind: str, inputs: Sequence[int]) -> np.ndarray:
+        """PyTorch layout -> the kernels' flat form. kind: conv, upconv or bias; inputs: channels of each input."""
+
+    def unpack(
+        self, flat: np.ndarray, kind: str, inputs: Sequence[int], shape: tuple[int, ...]
+    ) -> np.ndarray: ...
+
+    def packed_size(self, kind: str, inputs: Sequence[int], shape: tuple[int, ...]) -> int: ...
+
+    def write(self, buffer: Any, values: np.ndarray) -> None: ...
+
+    def read(self, buffer: Any) -> np.ndarray: ...
+
+    def conv3x3_forward(self, x: Any, skip: Any, weight: Any, bias: Any, outputs: int, relu: bool) -> Any:
+        """Valid 3x3 convolution of [centre of skip, x], or of x alone, with bias and optional ReLU."""
+
+    def conv3x3_backward(
+        self,
+        gradient: Any,
+        x: Any,
+        skip: Any,
+        relu_output: Any,
+        weight: Any,
+        weight_gradient: Any,
+        bias_gradient: Any,
+        wants_input: bool,
+    ) -> tuple[Any, Any]:
+        """Adds to the parameters' gradients; returns those of x and of the skip's centre."""
+
+    def upconv2x2_forward(self, x: Any, weight: Any, bias: Any, outputs: int) -> Any: ...
+
+    def upconv2x2_backward(
+        self, gradient: Any, x: Any, weight: Any, weight_gradient: Any, bias_gradient: Any, wants_input: bool
+    ) -> Any: ...
+
+    def conv1x1_forward(self, x: Any, weight: Any, bias: Any, outputs: int) -> Any: ...
+
+    def conv1x1_backward(
+        self, gradient: Any, x: Any, weight: Any, weight_gradient: Any, bias_gradient: Any, wants_input: bool
+    ) -> Any: ...
+
+    def maxpool2x2_forward(self, x: Any) -> tuple[Any, Any]:
+        """The pooled array and which pixel won, for the way back."""
+
+    def maxpool2x2_backward(self, gradient: Any, choice: Any, height: int, width: int) -> Any: ...
+
+    def softmax_cross_entropy(
+        self, logits: Any, labels: np.ndarray, weights: np.ndarray, wants_gradient: bool
+    ) -> tuple[float, Any]: ...
+
+    def softmax(self, logits: Any) -> Any: ...
+
+    def dropout(self, x: Any, rate: float, seed: int, draw: int) -> Any: ...
+
+    def sgd_momentum(
+        self, value: Any, gradient: Any, momentum: Any, learning_rate: float, rate: float
+    ) -> None: ...
+
+
+def resolve_device(device: str = "auto") -> str:
+    """Name the device that `device` means on this machine: "cpu".
+
+    Raises
+    ------
+    ValueError
+        If the device is unknown or this machine or version does not have it.
+    """
+    if device in ("auto", "cpu"):
+        return "cpu"
+    if device == "cuda" or (device.startswith("cuda:") and device[5:].isdigit()):
+        raise ValueError(
+            f"device {device!r} was asked for, but this version of fastunet computes on the CPU only; "
+            "use --device cpu or auto"
+        )
+    raise ValueError(f"device {device!r} is unknown; expected auto, cpu, cuda or cuda:N")
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """Name the precision that "auto", "fp32" or "bf16" means on a resolved device.
+
+    Raises
+    ------
+    ValueError
+        If the device does not compute in it.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"precision {precision!r} is unknown; expected auto, fp32 or bf16")
+    if precision == "bf16" and device == "cpu":
+        raise ValueError(
+            "precision 'bf16' was asked for, but the CPU computes in fp32; use --precision fp32 or auto"
+        )
+    return "fp32" if device == "cpu" else precision
+
+
+def load(device: str) -> Backend:
+    """Return the table of kernels of a resolved device."""
+    return importlib.import_module(f"fastunet.backends.{device.partition(':')[0]}").backend
+
+
+def set_threads(count: int) -> None:
+    """Compute with this many CPU threads from now on.
+
+    Raises
+    ------
+    ValueError
+        If `count` is less than 1.
+    """
+    if count < 1:
+        raise ValueError(f"{count} threads were asked for; at least 1 is expected")
+    _cpu().set_thread_count(count)
+
+
+def get_threads() -> int:
+    """Return how many CPU threads compute; by default the cores this process may use."""
+    return int(_cpu().thread_count())
+
+
+def describe() -> str:
+    """One line for a person: devices, threads and instruction set."""
+    return f"cpu: {get_threads()} threads, {_cpu().instruction_set()} kernels"
+
+
+def _cpu() -> Any:
+    return importlib.import_module("fastunet.backends.cpu").engine

@@ -1,0 +1,156 @@
+"""The CPU's table: the C++ engine `_fastunet`, and the packing of weights for it.
+
+Weights lie as [outputs / G][inputs][taps][G] with G = 32 outputs side by side, or 16, both padded to a multiple of 16
+channels, each input of a concatenation for itself (csrc/cpu/kernels.h).
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import _fastunet as engine
+import numpy as np
+
+_BLOCK = engine.BLOCK
+
+
+def _padded(channels: int) -> int:
+    return -(-channels // _BLOCK) * _BLOCK
+
+
+class CpuBackend:
+    """`Backend` on the CPU; see `fastunet.backends.Backend` for what each kernel does."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self.algorithm = os.environ.get("FASTUNET_CONV", "auto")
+        if self.algorithm not in ("auto", "direct", "winograd"):
+            raise ValueError(
+                f"FASTUNET_CONV is {self.algorithm!r}; expected auto, direct or winograd, or unset for auto"
+            )
+
+    upconv2x2_forward = staticmethod(engine.upconv2x2_forward)
+    upconv2x2_backward = staticmethod(engine.upconv2x2_backward)
+    conv1x1_forward = staticmethod(engine.conv1x1_forward)
+    conv1x1_backward = staticmethod(engine.conv1x1_backward)
+    maxpool2x2_forward = staticmethod(engine.maxpool2x2_forward)
+    maxpool2x2_backward = staticmethod(engine.maxpool2x2_backward)
+    softmax_cross_entropy = staticmethod(engine.softmax_cross_entropy)
+    softmax = staticmethod(engine.softmax)
+    dropout = staticmethod(engine.dropout)
+    sgd_momentum = staticmethod(engine.sgd_momentum)
+
+    def conv3x3_forward(self, x: Any, skip: Any, weight: Any, bias: Any, outputs: int, relu: bool) -> Any:
+        return engine.conv3x3_forward(x, skip, weight, bias, outputs, relu, self.algorithm)
+
+    def conv3x3_backward(
+        self,
+        gradient: Any,
+        x: Any,
+        skip: Any,
+        relu_output: Any,
+        weight: Any,
+        weight_gradient: Any,
+        bias_gradient: Any,
+        wants_input: bool,
+    ) -> tuple[Any, Any]:
+        return engine.conv3x3_backward(
+            gradient,
+            x,
+            skip,
+            relu_output,
+            weight,
+            weight_gradient,
+            bias_gradient,
+            wants_input,
+            self.algorithm,
+        )
+
+    def array(self, values: np.ndarray) -> Any:
+        values = np.asarray(values)
+        if values.ndim != 4:
+            raise ValueError(f"an array of shape {values.shape} was given, (N, H, W, C) is expected")
+        return engine.Array.from_pixels(np.ascontiguousarray(values, dtype=np.float32))
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return array.pixels()
+
+    def copy(self, array: Any) -> Any:
+        result = engine.Array(*array.shape)
+        engine.add_centre(result, array)
+        return result
+
+    def scaled(self, array: Any, factor: float) -> Any:
+        if factor != 1.0:
+            engine.multiply(array, factor)
+        return array
+
+    def accumulate(self, one: Any, other: Any, shape: tuple[int, ...]) -> Any:
+        large, small = (
+            (one, other)
+            if one.shape[1] >= other.shape[1] and one.shape[2] >= other.shape[2]
+            else (other, one)
+        )
+        large = self.full_size(large, shape)
+        engine.add_centre(large, small)
+        return large
+
+    def full_size(self, gradient: Any, shape: tuple[int, ...]) -> Any:
+        if gradient.shape == shape:
+            return gradient
+        result = engine.Array(*shape)
+        engine.add_centre(result, gradient)
+        return result
+
+    def buffer(self, count: int) -> np.ndarray:
+        return np.zeros(count, np.float32)
+
+    def write(self, buffer: np.ndarray, values: np.ndarray) -> None:
+        buffer[...] = values
+
+    def read(self, buffer: np.ndarray) -> np.ndarray:
+        return buffer
+
+    def packed_size(self, kind: str, inputs: Sequence[int], shape: tuple[int, ...]) -> int:
+        if kind == "bias":
+            return _padded(shape[0])
+        outputs = shape[1] if kind == "upconv" else shape[0]
+        return sum(map(_padded, inputs)) * _padded(outputs) * shape[2] * shape[3]
+
+    def pack(self, values: np.ndarray, kind: str, inputs: Sequence[int]) -> np.ndarray:
+        values = np.asarray(values, np.float32)
+        if kind == "bias":
+            return np.pad(values, (0, _padded(len(values)) - len(values)))
+        if kind == "upconv":
+            values = values.transpose(1, 0, 2, 3)
+        outputs, taps = values.shape[0], values.shape[2] * values.shape[3]
+        group = engine.group_width(outputs)
+        parts, first = [], 0
+        for channels in inputs:
+            part = values[:, first : first + channels].reshape(outputs, channels, taps)
+            parts.append(
+                np.pad(part, ((0, _padded(outputs) - outputs), (0, _padded(channels) - channels), (0, 0)))
+            )
+            first += channels
+        grouped = np.concatenate(parts, axis=1).reshape(_padded(outputs) // group, group, -1, taps)
+        return np.ascontiguousarray(grouped.transpose(0, 2, 3, 1)).ravel()
+
+    def unpack(
+        self, flat: np.ndarray, kind: str, inputs: Sequence[int], shape: tuple[int, ...]
+    ) -> np.ndarray:
+        if kind == "bias":
+            return flat[: shape[0]].copy()
+        outputs = shape[1] if kind == "upconv" else shape[0]
+        group = engine.group_width(outputs)
+        grouped = flat.reshape(_padded(outputs) // group, -1, shape[2] * shape[3], group)
+        padded = grouped.transpose(0, 3, 1, 2).reshape(_padded(outputs), -1, shape[2] * shape[3])[:outputs]
+        parts, first = [], 0
+        for channels in inputs:
+            parts.append(padded[:, first : first + channels])
+            first += _padded(channels)
+        values = np.concatenate(parts, axis=1).reshape(outputs, -1, shape[2], shape[3])
+        return np.ascontiguousarray(values.transpose(1, 0, 2, 3) if kind == "upconv" else values)
+
+
+backend = CpuBackend()

@@ -1,0 +1,205 @@
+"""The operations of a U-Net on tensors: forward here and in the backend, backward beside each.
+
+Activations are (N, H, W, C). The only caller of a backend: nothing above this file knows one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastunet.autograd import Tensor, record, recording
+from fastunet.parameters import Parameter
+
+
+def conv3x3(
+    x: Tensor, weight: Parameter, bias: Parameter, relu: bool = False, skip: Tensor | None = None
+) -> Tensor:
+    """Valid 3x3 convolution, optionally of the concatenation [centre of skip, x] and followed by ReLU.
+
+    The concatenation is read in place; neither it nor its gradient is ever stored.
+
+    Parameters
+    ----------
+    x : Tensor
+        (N, H, W, C).
+    weight : Parameter
+        (K, C, 3, 3), or (K, S + C, 3, 3) with a skip.
+    bias : Parameter
+        (K,).
+    relu : bool
+    skip : Tensor, optional
+        (N, at least H, at least W, S); its centre of H x W pixels is used.
+
+    Returns
+    -------
+    Tensor
+        (N, H - 2, W - 2, K).
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit each other.
+    """
+    _check_inputs("conv3x3", weight, x if skip is None else (skip, x))
+    backend = x.backend
+    skip_array = None if skip is None else skip.array
+    y = backend.conv3x3_forward(x.array, skip_array, weight.value, bias.value, weight.outputs, relu)
+
+    def backward(gradient: Any) -> tuple[Any, ...]:
+        wanted = x.requires_gradient or (skip is not None and skip.requires_gradient)
+        x_gradient, skip_gradient = backend.conv3x3_backward(
+            gradient,
+            x.array,
+            skip_array,
+            y if relu else None,
+            weight.value,
+            weight.gradient,
+            bias.gradient,
+            wanted,
+        )
+        return (x_gradient,) if skip is None else (x_gradient, skip_gradient)
+
+    return record(y, backend, (x,) if skip is None else (x, skip), backward, learns=True)
+
+
+def upconv2x2(x: Tensor, weight: Parameter, bias: Parameter) -> Tensor:
+    """2x2 up-convolution of stride 2 (a transposed convolution): (N, H, W, C) -> (N, 2H, 2W, K).
+
+    `weight` is (C, K, 2, 2), `bias` (K,).
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit each other.
+    """
+    return _of_one_input(
+        "upconv2x2", x.backend.upconv2x2_forward, x.backend.upconv2x2_backward, x, weight, bias
+    )
+
+
+def conv1x1(x: Tensor, weight: Parameter, bias: Parameter) -> Tensor:
+    """1x1 convolution, the network's head: (N, H, W, C) -> (N, H, W, K); `weight` is (K, C, 1, 1), `bias` (K,).
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit each other.
+    """
+    return _of_one_input("conv1x1", x.backend.conv1x1_forward, x.backend.conv1x1_backward, x, weight, bias)
+
+
+def maxpool2x2(x: Tensor) -> Tensor:
+    """2x2 max-pooling of stride 2: (N, H, W, C) -> (N, H // 2, W // 2, C); the first of equal pixels gets the gradient.
+
+    Raises
+    ------
+    ValueError
+        If the input is smaller than 2 x 2 pixels.
+    """
+    backend = x.backend
+    y, choice = backend.maxpool2x2_forward(x.array)
+    height, width = x.shape[1:3]
+    return record(
+        y, backend, (x,), lambda gradient: (backend.maxpool2x2_backward(gradient, choice, height, width),)
+    )
+
+
+def dropout(x: Tensor, rate: float, seed: int, draw: int) -> Tensor:
+    """Zero each element with probability `rate` and divide the others by 1 - rate.
+
+    An element's fate depends on its place, `seed` and `draw` alone (Philox4x32-10), so that it is the same on every
+    device and is drawn again, not stored, for the backward pass.
+
+    Raises
+    ------
+    ValueError
+        If not 0 <= rate < 1.
+    """
+    backend = x.backend
+    y = backend.dropout(x.array, rate, seed, draw)
+    return record(y, backend, (x,), lambda gradient: (backend.dropout(gradient, rate, seed, draw),))
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of two tensors of one shape, or of two numbers such as losses.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ.
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"tensors of shapes {x.shape} and {y.shape} cannot be added; they must be equal")
+    backend = x.backend
+    if isinstance(x.array, float):
+        return record(x.array + y.array, backend, (x, y), lambda gradient: (gradient, gradient))
+    total = backend.accumulate(backend.copy(x.array), y.array, x.shape)
+    return record(total, backend, (x, y), lambda gradient: (gradient, backend.copy(gradient)))
+
+
+def softmax_cross_entropy(logits: Tensor, labels: np.ndarray, weights: np.ndarray) -> Tensor:
+    """Weighted cross-entropy of the softmax: sum of w(x) * -log p_label(x) over the sum of w(x).
+
+    Ronneberger et al. (2015), section 3, eq. 1, normalised by the weights. Value and gradient are made in one pass.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (N, H, W, K).
+    labels : ndarray of int
+        (N, H, W), 0..K-1; anything where the weight is 0.
+    weights : ndarray of float
+        (N, H, W); pixels of weight 0 are ignored.
+
+    Returns
+    -------
+    Tensor
+        A number.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, a label names no class, or the weights sum to zero.
+    """
+    backend = logits.backend
+    labels, weights = np.asarray(labels), np.asarray(weights)
+    for name, given in (("labels", labels), ("weights", weights)):
+        if given.shape != logits.shape[:3]:
+            raise ValueError(
+                f"the {name} have shape {given.shape}; {logits.shape[:3]} is expected, one for each pixel"
+            )
+    wanted = recording() and logits.requires_gradient
+    loss, logit_gradient = backend.softmax_cross_entropy(logits.array, labels, weights, wanted)
+    return record(loss, backend, (logits,), lambda gradient: (backend.scaled(logit_gradient, gradient),))
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Class probabilities (N, H, W, K), for prediction; nothing is recorded."""
+    return Tensor(logits.backend.softmax(logits.array), logits.backend)
+
+
+def _of_one_input(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    x: Tensor,
+    weight: Parameter,
+    bias: Parameter,
+) -> Tensor:
+    _check_inputs(name, weight, x)
+    y = forward(x.array, weight.value, bias.value, weight.outputs)
+
+    def way_back(gradient: Any) -> tuple[Any]:
+        wanted = x.requires_gradient
+        return (backward(gradient, x.array, weight.value, weight.gradient, bias.gradient, wanted),)
+
+    return record(y, x.backend, (x,), way_back, learns=True)
+
+
+def _check_inputs(name: str, weight: Parameter, inputs: Tensor | tuple[Tensor, ...]) -> None:
+    channels = tuple(tensor.shape[3] for tensor in (inputs if isinstance(inputs, tuple) else (inputs,)))
+    if channels != weight.inputs:
+        raise ValueError(
+            f"{name} was given inputs of {channels} channels; its weight expects {weight.inputs}"
+        )
