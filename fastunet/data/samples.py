@@ -1,0 +1,273 @@
+"""Training samples: every image prepared once, then warped tiles without end, computed ahead by threads.
+
+Sample i is a pure function of the training images, the seed and i, so a run that stops after k samples goes
+on with sample k, whatever the threads did meanwhile.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+import numpy as np
+from tqdm import tqdm
+
+from fastunet.data.datasets import Dataset, Sample
+from fastunet.data.separation import separate
+from fastunet.data.warp import OFFSET, apply_warp, draw_warp
+from fastunet.data.weight_map import PAPER2015, balanced_class_weights, count_classes, weight_map
+from fastunet.errors import DataError
+from fastunet.normalization import Normalization, normalize
+
+DRAWS = 1000
+IGNORED = 255
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """An annotated image as the loss sees it.
+
+    Attributes
+    ----------
+    name : str
+    image : (H, W, C) float32
+        Normalised over the whole image, as at prediction.
+    classes : (H, W) uint8
+        Classes after gaps are cut between touching instances.
+    weights : (H, W) float32
+        The loss's weight map; exactly 0 where the truth is to be ignored.
+    ignored : (H, W) bool or None
+    """
+
+    name: str
+    image: np.ndarray
+    classes: np.ndarray
+    weights: np.ndarray
+    ignored: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class WeightSettings:
+    """How the loss weighs pixels, as `weight_map` takes it: None is the preset's own."""
+
+    w0: float | None = None
+    sigma: float | None = None
+    preset: str = PAPER2015
+
+
+def separated_classes(sample: Sample, kind: str, width: int = 1) -> np.ndarray:
+    """Classes (H, W) uint8 with a gap of background, `width` px each side, between touching instances.
+
+    Where the truth is classes rather than objects (`kind` "classes"), regions of two classes that abut are
+    meant to abut, and the classes are taken as they are.
+    """
+    if kind == "classes":
+        return np.asarray(sample.classes, np.uint8)
+    return np.where(separate(sample.instances, width) > 0, sample.classes, 0).astype(np.uint8)
+
+
+def class_weights_of(dataset: Dataset, classes: Sequence[np.ndarray]) -> np.ndarray:
+    """Balanced class weights over a whole data set, N / (K N_class) over the pixels that are not ignored.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    classes : sequence of (H, W) uint8
+        The separated classes of its samples.
+
+    Returns
+    -------
+    (K,) float64
+        0 for a class that is absent.
+    """
+    counts = np.zeros(dataset.num_classes, np.int64)
+    for sample, labels in zip(dataset.samples, classes):
+        counts += count_classes(labels, dataset.num_classes, sample.ignored)
+    return balanced_class_weights(counts)
+
+
+def prepare(
+    dataset: Dataset,
+    normalization: Normalization,
+    weighting: WeightSettings | None = None,
+    class_weights: Sequence[float] | np.ndarray | None = None,
+    separation_width: int = 1,
+    threads: int = 2,
+    quiet: bool = False,
+) -> tuple[list[PreparedImage], np.ndarray]:
+    """Normalise, separate and weigh every image of a data set, in `threads` threads.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    normalization : str or list of [offset, scale]
+        As the model file records it.
+    weighting : WeightSettings, optional
+        Default: the paper's.
+    class_weights : (K,), optional
+        Default: balanced over this data set. Validation images take those of the training set.
+    separation_width : int
+        Pixels cut from each of two touching instances.
+    threads : int
+    quiet : bool
+        Show no progress bar.
+
+    Returns
+    -------
+    images : list of PreparedImage
+        In the data set's order.
+    class_weights : (K,) float64
+
+    Raises
+    ------
+    DataError
+        If an image cannot be normalised; the message names it.
+    """
+    weighting = weighting or WeightSettings()
+    with ThreadPoolExecutor(threads) as pool:
+        classes = list(
+            pool.map(
+                lambda sample: separated_classes(sample, dataset.kind, separation_width), dataset.samples
+            )
+        )
+        weights_of_classes = (
+            class_weights_of(dataset, classes) if class_weights is None else np.asarray(class_weights, float)
+        )
+
+        def weigh(sample: Sample, labels: np.ndarray) -> PreparedImage:
+            weights = weight_map(
+                sample.instances,
+                mask=labels,
+                w0=weighting.w0,
+                sigma=weighting.sigma,
+                class_weights=weights_of_classes if weighting.preset == PAPER2015 else None,
+                ignore=sample.ignored,
+                preset=weighting.preset,
+                threads=1,
+            )
+            try:
+                image = normalize(sample.image, normalization)
+            except ValueError as error:
+                raise DataError(f"{sample.name}: {error}") from error
+            return PreparedImage(sample.name, image, labels, weights, sample.ignored)
+
+        prepared = tqdm(
+            pool.map(weigh, dataset.samples, classes),
+            desc="weight maps",
+            total=len(dataset.samples),
+            unit="image",
+            leave=False,
+            disable=quiet or None,
+        )
+        return list(prepared), weights_of_classes
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """One step's image (1, tile, tile, C) float32, labels (1, output, output) uint8, weights float32."""
+
+    image: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+
+
+class Samples:
+    """Iterator over warped tiles, for ever, from sample `start` on; a context manager that ends its threads.
+
+    Every epoch shows each image once, in an order of its own. A tile without any weight is drawn again.
+
+    Parameters
+    ----------
+    images : sequence of PreparedImage
+    tile, output : int
+        Sides of the network's input and output in pixels.
+    seed : int
+    start : int
+        Index of the first sample.
+    threads : int
+        Background threads; up to four samples for each wait ready.
+
+    Raises
+    ------
+    DataError
+        If no image has a pixel of positive weight; by `next`, if no tile with one is found.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[PreparedImage],
+        tile: int,
+        output: int,
+        seed: int = 0,
+        start: int = 0,
+        threads: int = 1,
+    ) -> None:
+        # Weights are interpolated; a label of its own carries the ignored pixels through the warp unblurred.
+        self._images = [
+            image
+            if image.ignored is None
+            else replace(image, classes=np.where(image.ignored, np.uint8(IGNORED), image.classes))
+            for image in images
+            if image.weights.any()
+        ]
+        if not self._images:
+            raise DataError(
+                f"none of the {len(images)} training images has a pixel to learn from: all are ignored or of "
+                f"weight 0; look at their labels and at --ignore"
+            )
+        # Grey offsets are drawn in standard deviations of the image, whatever its normalisation made of it.
+        self._spread = [float(image.image.std()) for image in self._images]
+        self._tile, self._output, self._seed = tile, output, seed
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="augmentation")
+        self._next = start
+        self._ahead: deque[Future[TrainingSample]] = deque()
+        for _ in range(4 * threads):
+            self._submit()
+
+    def _submit(self) -> None:
+        self._ahead.append(self._pool.submit(self.sample, self._next))
+        self._next += 1
+
+    def sample(self, index: int) -> TrainingSample:
+        """Compute sample `index`, whatever was computed before."""
+        epoch, place = divmod(index, len(self._images))
+        order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._images))
+        chosen = self._images[order[place]]
+        for attempt in range(DRAWS):
+            rng = np.random.default_rng([self._seed, 1, index, attempt])
+            low, high = (bound * self._spread[order[place]] for bound in OFFSET)
+            warp = draw_warp(rng, chosen.weights.shape, self._tile, self._output, offset=(low, high))
+            image, labels, weights = apply_warp(chosen.image, chosen.classes, chosen.weights, warp)
+            if chosen.ignored is not None:
+                weights[labels == IGNORED] = 0
+                labels[labels == IGNORED] = 0
+            if weights.any():
+                return TrainingSample(image[None], labels[None], weights[None])
+        raise DataError(
+            f"{chosen.name}: {DRAWS} random tiles of {self._output} pixels held no pixel to learn from; "
+            f"leave the image out or take a larger --tile"
+        )
+
+    def __iter__(self) -> "Samples":
+        return self
+
+    def __next__(self) -> TrainingSample:
+        sample = self._ahead.popleft().result()
+        self._submit()
+        return sample
+
+    def close(self) -> None:
+        """End the threads; samples computed ahead are dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "Samples":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
