@@ -1,0 +1,196 @@
+"""Predict images of any size with a trained network: normalise, mirror, tiles, network, softmax, stitch."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastunet import backends, ops
+from fastunet.autograd import no_grad
+from fastunet.errors import DataError
+from fastunet.geometry import border
+from fastunet.memory import available_bytes, format_bytes
+from fastunet.normalization import normalize
+from fastunet.rotations import Rotation, Turn, views
+from fastunet.tiling import TilePlan, check_tile, plan_tiles
+from fastunet.unet import UNet
+
+# Of the memory that is free before a prediction; the rest is left to everything else on the machine.
+SHARE_OF_FREE_MEMORY = 0.8
+
+
+class Predictor:
+    """Class probabilities of images of any size, from 1x1 pixel up.
+
+    The result does not depend on the size of the tiles (fastunet.tiling): they are a matter of memory only.
+
+    Parameters
+    ----------
+    model : a UNet (also one in training; it is left in the mode it was in), or what `model_file` takes
+    device, precision : where and how to compute, for a model from a file
+    tile : the network's input size in pixels, or "auto": the one with the least work that fits into memory
+    rotations : 1; 4: right angles; 8: and their mirror images; 7: the paper's k * 360/7 degrees. The
+        probabilities are averaged.
+    memory : bytes a prediction may take; default: 0.8 of what machine and container have left when it starts
+    threads : CPU threads for everything fastunet computes from now on; default: as it is
+    notify : is told, in a sentence, when memory makes the tiles smaller than wanted
+    """
+
+    def __init__(
+        self,
+        model: UNet | str | Path,
+        device: str = "auto",
+        precision: str = "auto",
+        tile: int | str = "auto",
+        rotations: int = 1,
+        memory: int | None = None,
+        threads: int | None = None,
+        notify: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        self._views = views(rotations)
+        if threads is not None:
+            backends.set_threads(threads)
+        self.model = model if isinstance(model, UNet) else UNet.load(model_file(model), device, precision)
+        if tile != "auto":
+            check_tile(tile, self.model.depth)
+        self.tile = tile
+        self.memory = memory
+        self._notify = notify
+
+    def __call__(
+        self, image: ArrayLike, progress: Callable[[float], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Predict one image, or a stack image by image.
+
+        Parameters
+        ----------
+        image : (H, W), (H, W, C), (N, H, W) or (N, H, W, C), booleans, integers or finite floats. Three axes
+            are (H, W, C) when the last is at most 4 or the model's number of channels.
+        progress : is told after every tile which part of this call is done, up to 1.0
+
+        Returns
+        -------
+        (H, W, K) or (N, H, W, K) float32 probabilities of the K classes, summing to 1
+
+        Raises
+        ------
+        ValueError
+            If shape, number of channels or values are not what the model takes.
+        MemoryError
+            If even the smallest tile does not fit.
+        """
+        image = np.asarray(image)
+        stack = image.ndim == 4 or (image.ndim == 3 and not self._is_one_image(image))
+        if image.ndim not in (2, 3, 4) or image.size == 0:
+            raise ValueError(
+                f"the image has shape {image.shape}; expected (H, W), (H, W, C), (N, H, W) or (N, H, W, C), "
+                "none of them 0"
+            )
+        if not stack:
+            return self._predict(image, progress or _ignore)
+        result: list[NDArray[np.float32]] = []
+        for one in image:
+            result.append(
+                self._predict(one, lambda part: (progress or _ignore)((len(result) + part) / len(image)))
+            )
+        return np.stack(result)
+
+    def plan(self, height: int, width: int) -> TilePlan:
+        """Plan the tiles of an image of this size (not rotated) within the memory there is now."""
+        return self._plan(height, width, Turn(), self._allowed())
+
+    def _is_one_image(self, image: NDArray) -> bool:
+        return image.shape[2] <= 4 or image.shape[2] == self.model.in_channels
+
+    def _predict(self, image: NDArray, progress: Callable[[float], None]) -> NDArray[np.float32]:
+        image = image if image.ndim == 3 else image[:, :, None]
+        if image.shape[2] != self.model.in_channels:
+            raise ValueError(
+                f"the image has {image.shape[2]} channels (shape {image.shape}) and the model takes "
+                f"{self.model.in_channels}; give images like those it was trained on"
+            )
+        height, width = image.shape[:2]
+        allowed = self._allowed()
+        while True:
+            plans = [self._plan(height, width, view, allowed) for view in self._views]
+            self._say_if_smaller(plans[0], allowed)
+            try:
+                return self._average(normalize(image, self.model.normalization), plans, progress)
+            except MemoryError:
+                allowed = max(plan.memory for plan in plans) // 2
+
+    def _allowed(self) -> int:
+        return int(available_bytes() * SHARE_OF_FREE_MEMORY) if self.memory is None else self.memory
+
+    def _plan(self, height: int, width: int, view: Turn | Rotation, allowed: int) -> TilePlan:
+        return plan_tiles(*view.size(height, width), self.model, self.tile, allowed)
+
+    def _say_if_smaller(self, plan: TilePlan, allowed: int) -> None:
+        if plan.tile != plan.preferred:
+            tile, preferred = (f"{size[0]}x{size[1]}" for size in (plan.tile, plan.preferred))
+            self._notify(
+                f"tiles of {tile} instead of {preferred} pixels, because {format_bytes(allowed)} of memory "
+                "is available; the result is the same"
+            )
+
+    def _average(
+        self, image: NDArray[np.float32], plans: list[TilePlan], progress: Callable[[float], None]
+    ) -> NDArray[np.float32]:
+        height, width = image.shape[:2]
+        total = np.zeros((height, width, self.model.num_classes), np.float32)
+        tiles, done = sum(len(plan) for plan in plans), 0
+        lost = border(self.model.depth)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for view, plan in zip(self._views, plans):
+                read = view.reader(image)
+                seen = np.empty((*plan.image, self.model.num_classes), np.float32)
+                for tile in plan:
+                    part = read(tile.top - lost, tile.left - lost, *plan.tile)
+                    with no_grad():
+                        probabilities = ops.softmax(self.model(part[None])).numpy()[0]
+                    seen[tile.top : tile.bottom, tile.left : tile.right] = probabilities[
+                        : tile.bottom - tile.top, : tile.right - tile.left
+                    ]
+                    done += 1
+                    progress(done / tiles)
+                total += view.undo(seen, height, width)
+        finally:
+            if was_training:
+                self.model.train()
+        total /= len(plans)
+        return total
+
+
+def model_file(model: str | Path) -> Path:
+    """Find the model file meant: a file, a run folder (its model.safetensors) or a shipped model (`nuclei`).
+
+    Raises
+    ------
+    DataError
+        If a folder holds no model, or there is neither such a file nor such a shipped model.
+    """
+    path = Path(model)
+    if path.is_dir():
+        if (path / "model.safetensors").is_file():
+            return path / "model.safetensors"
+        raise DataError(f"{path}: the folder holds no model.safetensors; give a run folder or a model file")
+    if path.exists():
+        return path
+    shipped = shipped_models()
+    if str(model) in shipped:
+        return shipped[str(model)]
+    names = " or ".join(["a model file", "a run folder", *shipped])
+    raise DataError(f"{path}: there is no such model; expected {names}")
+
+
+def shipped_models() -> dict[str, Path]:
+    """Name the models that come with fastunet, with their files."""
+    return {file.stem: file for file in sorted((Path(__file__).parent / "models").glob("*.safetensors"))}
+
+
+def _ignore(part: float) -> None:
+    pass
