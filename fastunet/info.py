@@ -1,0 +1,154 @@
+"""The info command: what a network is, and what an image costs with it on this machine."""
+
+import argparse
+import platform
+import re
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastunet import __version__, backends, command
+from fastunet.autograd import no_grad
+from fastunet.geometry import border, input_size, output_size
+from fastunet.memory import available_bytes, format_bytes, parse_bytes
+from fastunet.predictor import Predictor, model_file, shipped_models
+from fastunet.tiling import TilePlan, forward_flops
+from fastunet.unet import UNet
+
+CALIBRATION_SECONDS = 0.3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command.Parser(
+        prog="fastunet info",
+        description="Without MODEL: what fastunet runs on here. With MODEL: the network's sizes and "
+        "parameters, and the memory and time an image takes.",
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="model file, run folder or shipped model")
+    parser.add_argument(
+        "--image", default="512x512", metavar="HxW", help="size of the image to plan for (default: 512x512)"
+    )
+    parser.add_argument("--tile", default="auto", metavar="N|auto", help="input size of the network")
+    parser.add_argument("--memory", metavar="BYTES", help="how much a prediction may use, such as 2G")
+    command.add_common_options(parser)
+    return command.run(parser, _describe, argv)
+
+
+def _describe(arguments: argparse.Namespace) -> None:
+    if arguments.threads is not None:
+        backends.set_threads(arguments.threads)
+    if arguments.model is None:
+        _describe_machine(arguments.device)
+        return
+    height, width = _image_size(arguments.image)
+    predictor = Predictor(
+        arguments.model,
+        device=arguments.device,
+        precision=arguments.precision,
+        tile=int(arguments.tile) if arguments.tile.isdecimal() else arguments.tile,
+        memory=None if arguments.memory is None else parse_bytes(arguments.memory),
+    )
+    plan = predictor.plan(height, width)
+    print(f"{model_file(arguments.model)}\n")
+    _describe_network(predictor.model)
+    print()
+    _describe_prediction(predictor.model, plan)
+
+
+def _describe_machine(device: str) -> None:
+    rows = {
+        "fastunet": f"{__version__}, Python {platform.python_version()}, NumPy {np.__version__}",
+        "device": f"{backends.resolve_device(device)} ({backends.describe()})",
+        "threads": str(backends.get_threads()),
+        "memory": f"{format_bytes(available_bytes())} available",
+        "models": ", ".join(shipped_models()) or "none shipped",
+    }
+    for name, value in rows.items():
+        print(f"{name:9} {value}")
+
+
+def _describe_network(model: UNet) -> None:
+    step, lost = 2**model.depth, border(model.depth)
+    classes = f"{model.num_classes} classes"
+    if model.class_names:
+        classes += f" ({', '.join(model.class_names)})"
+    small = input_size(step, model.depth)
+    print(
+        f"U-Net of depth {model.depth}, {model.base_channels} base channels, {model.in_channels} input "
+        f"channel{'s' if model.in_channels > 1 else ''}, {classes}, dropout {model.dropout}, "
+        f"normalization {model.normalization}"
+    )
+    print(
+        f"tiles: {small} -> {output_size(small, model.depth)} and every {step} more; {lost} pixels lost on "
+        "each side\n"
+    )
+    layers: dict[str, list[tuple[int, ...]]] = {}
+    for name, array in model.state_dict().items():
+        layers.setdefault(name.rsplit(".", 1)[0], []).append(array.shape)
+    print(f"{'layer':20} {'weight':>18} {'parameters':>12}")
+    total = 0
+    for layer, shapes in layers.items():
+        parameters = sum(int(np.prod(shape)) for shape in shapes)
+        weight = max(shapes, key=len)
+        print(f"{layer:20} {' x '.join(map(str, weight)):>18} {parameters:12,}")
+        total += parameters
+    print(f"{f'{len(layers)} convolutions':20} {format_bytes(4 * total):>18} {total:12,}")
+
+
+def _describe_prediction(model: UNet, plan: TilePlan) -> None:
+    rows, columns = plan.grid
+    flops = len(plan) * forward_flops(*plan.tile, model)
+    seconds, sample = _seconds_per_flop(model, plan)
+    print(
+        f"image of {plan.image[0]}x{plan.image[1]} pixels on {model.device}, {model.precision}: "
+        f"{rows * columns} tile{'s' if rows * columns > 1 else ''} of {plan.tile[0]}x{plan.tile[1]} -> "
+        f"{plan.output[0]}x{plan.output[1]} ({rows} x {columns})"
+    )
+    if plan.tile != plan.preferred:
+        print(f"  {plan.preferred[0]}x{plan.preferred[1]} would be wanted and does not fit into memory")
+    print(
+        f"  memory  {format_bytes(plan.memory)} beyond the network ({format_bytes(available_bytes())} free)"
+    )
+    per_pixel = flops / plan.image[0] / plan.image[1]
+    print(f"  work    {flops / 1e9:,.1f} GFLOP, {per_pixel / 1e6:.2f} MFLOP per pixel")
+    print(
+        f"  time    about {seconds * flops:.3g} s (a tile of {sample[0]}x{sample[1]} ran at "
+        f"{1e-9 / seconds:,.0f} GFLOP/s just now)"
+    )
+
+
+def _seconds_per_flop(model: UNet, plan: TilePlan) -> tuple[float, tuple[int, int]]:
+    """Time tiles, growing up to the plan's, until one takes long enough; give the tile's size, too."""
+    model.eval()
+    random = np.random.default_rng(0)
+    output = 2**model.depth
+    while True:
+        side = input_size(output, model.depth)
+        tile = min(side, plan.tile[0]), min(side, plan.tile[1])
+        pixels = random.standard_normal((1, *tile, model.in_channels), np.float32)
+        seconds = min(_forward_seconds(model, pixels) for _ in range(2))
+        if seconds >= CALIBRATION_SECONDS or tile == plan.tile:
+            return seconds / forward_flops(*tile, model), tile
+        output *= 2
+
+
+def _forward_seconds(model: UNet, pixels: NDArray[np.float32]) -> float:
+    began = time.perf_counter()
+    with no_grad():
+        model(pixels).numpy()
+    return time.perf_counter() - began
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if min(size) < 1:
+        raise ValueError(f"--image is {text!r}; expected height x width in pixels, such as 512x696")
+    return size
+
+
+if __name__ == "__main__":
+    sys.exit(main())
