@@ -1,0 +1,95 @@
+"""The info command: what it says about a network is true, and it says it without a model, too."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from fastunet import UNet
+from fastunet.geometry import input_size, output_size
+from fastunet.info import main
+from fastunet.tiling import forward_flops, prediction_bytes
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    network = UNet(2, 3, 4, 3)
+    network.class_names = ["background", "nucleus", "membrane"]
+    network.normalization = [[0.5, 2.0], [0.0, 1.0]]
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    network.save(path)
+    return path
+
+
+def info(capsys, *arguments):
+    status = main([str(argument) for argument in arguments])
+    told = capsys.readouterr()
+    return status, told.out, told.err
+
+
+def test_the_machine(capsys):
+    status, out, _ = info(capsys)
+    assert status == 0
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert set(rows) == {"fastunet", "device", "threads", "memory", "models"}
+    assert int(rows["threads"]) >= 1 and rows["memory"].endswith("available")
+
+
+def test_a_network_and_its_parameters(capsys, model):
+    status, out, _ = info(capsys, model)
+    assert status == 0
+    assert "depth 3, 4 base channels, 2 input channels, 3 classes (background, nucleus, membrane)" in out
+    assert "normalization [[0.5, 2.0], [0.0, 1.0]]" in out
+    smallest = input_size(8, 3)
+    assert f"tiles: {smallest} -> {output_size(smallest, 3)} and every 8 more; 44 pixels lost" in out
+    state = UNet.load(model).state_dict()
+    layers = {name.rpartition(".")[0] for name in state}
+    rows = dict(re.findall(r"^(\S+) +\d+ x .* ([\d,]+)$", out, re.M))
+    assert set(rows) == layers
+    for layer, count in rows.items():
+        expected = state[f"{layer}.weight"].size + state[f"{layer}.bias"].size
+        assert int(count.replace(",", "")) == expected
+    total = sum(values.size for values in state.values())
+    assert re.search(rf"^{len(layers)} convolutions .* {total:,}$", out, re.M)
+
+
+def test_the_plan_of_an_image(capsys, model):
+    network = UNet.load(model)
+    status, out, _ = info(capsys, model, "--image", "97x150", "--tile", "116")
+    assert status == 0
+    # 116 -> 28, of which 24 and at the end 28 pixels: 4 rows of tiles and 7 columns.
+    assert "image of 97x150 pixels on cpu, fp32: 28 tiles of 116x116 -> 28x28 (4 x 7)" in out
+    assert f"{28 * forward_flops(116, 116, network) / 1e9:,.1f} GFLOP" in out
+    assert f"{prediction_bytes(97, 150, 116, 116, network) / 2**20:.0f} MiB beyond the network" in out
+    assert float(re.search(r"time +about (\S+) s", out)[1]) > 0
+
+
+def test_little_memory_is_told(capsys, model):
+    status, out, _ = info(capsys, model, "--image", "400", "--memory", "44M")
+    assert status == 0 and "would be wanted and does not fit into memory" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--image", "0x5"], "--image is '0x5'; expected height x width"),
+        (["--image", "large"], "such as 512x696"),
+        (["--tile", "117"], "nearest valid tiles are 116 and 124"),
+        (["--memory", "1K"], "takes at least"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(capsys, model, arguments, sentence):
+    status, out, err = info(capsys, model, *arguments)
+    assert status == 2 and out == "" and sentence in err and err.count("\n") == 1
+
+
+def test_a_file_that_is_no_model(capsys, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"nothing of the kind")
+    status, out, err = info(capsys, tmp_path / "x.safetensors")
+    assert status == 2 and out == "" and "x.safetensors" in err and err.count("\n") == 1
+
+
+def test_as_a_subcommand(model):
+    done = subprocess.run([sys.executable, "-m", "fastunet", "info", model], capture_output=True, text=True)
+    assert done.returncode == 0 and "U-Net of depth 3" in done.stdout

@@ -1,0 +1,345 @@
+"""Every operation, forward and backward, against PyTorch in float64.
+
+Errors are relative to the largest reference value. float32 sums of n products err by about sqrt(n) * 6e-8 of it;
+Winograd F(4x4) by some ten times a direct sum. The bound of 1e-5 leaves both a factor of two at 512 channels.
+"""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastunet import backends, ops
+from fastunet.autograd import Tensor, no_grad
+from fastunet.parameters import Parameter, ParameterSet
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(params=["direct", "winograd"])
+def backend(request, monkeypatch):
+    table = backends.load("cpu")
+    monkeypatch.setattr(table, "algorithm", request.param)
+    return table
+
+
+def parameters(backend, rng, kind, outputs, inputs, side) -> tuple[Parameter, Parameter]:
+    channels = (sum(inputs), outputs) if kind == "upconv" else (outputs, sum(inputs))
+    both = ParameterSet(
+        backend, {"w": (kind, (*channels, side, side), inputs), "b": ("bias", (outputs,), ())}
+    )
+    for parameter in both.values():
+        parameter.assign(rng.standard_normal(parameter.shape))
+    return both["w"], both["b"]
+
+
+def to_torch(values: np.ndarray) -> torch.Tensor:
+    """NHWC float32 -> NCHW float64 that wants a gradient."""
+    return torch.tensor(values.astype(np.float64)).permute(0, 3, 1, 2).contiguous().requires_grad_()
+
+
+def to_numpy(values: torch.Tensor) -> np.ndarray:
+    return values.detach().permute(0, 2, 3, 1).numpy()
+
+
+def weight_to_torch(parameter: Parameter) -> torch.Tensor:
+    return torch.tensor(parameter.numpy().astype(np.float64), requires_grad=True)
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, what: str) -> None:
+    assert found.shape == expected.shape, what
+    scale = np.abs(expected).max() or 1.0
+    error = np.abs(found - expected).max() / scale
+    assert error <= TOLERANCE, f"{what}: relative error {error:.2e}"
+
+
+def poison(backend, shape) -> None:
+    """Leave not-a-numbers in the memory that the next arrays of this shape will get."""
+    held = [backend.array(np.full(shape, np.nan, np.float32)) for _ in range(3)]
+    del held
+
+
+CONVOLUTIONS = [
+    # images, height, width, channels of x, of the skip (0: none), outputs, ReLU
+    (
+        8,
+        3,
+        3,
+        1,
+        0,
+        1,
+        False,
+    ),  # one output pixel, often enough that the largest is not itself a rounding error
+    (1, 3, 40, 2, 0, 16, True),
+    (1, 7, 9, 1, 0, 16, True),
+    (2, 20, 33, 3, 0, 24, True),
+    (1, 31, 12, 4, 4, 7, True),
+    (1, 40, 37, 16, 0, 64, True),
+    (3, 11, 13, 16, 16, 16, False),
+    (1, 25, 31, 40, 24, 48, True),
+    (1, 66, 66, 64, 64, 32, True),
+    (1, 14, 15, 512, 0, 512, False),
+    (1, 8, 8, 16, 1008, 33, True),
+]
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_conv3x3(backend, rng, case):
+    images, height, width, channels, skip_channels, outputs, relu = case
+    inputs = (skip_channels, channels) if skip_channels else (channels,)
+    weight, bias = parameters(backend, rng, "conv", outputs, inputs, 3)
+    x_values = rng.standard_normal((images, height, width, channels)).astype(np.float32)
+    x = Tensor.from_numpy(x_values, backend, requires_gradient=True)
+    torch_x = joined = to_torch(x_values)
+    skip = None
+    if skip_channels:
+        skip_values = rng.standard_normal((images, height + 5, width + 2, skip_channels)).astype(np.float32)
+        skip = Tensor.from_numpy(skip_values, backend, requires_gradient=True)
+        torch_skip = to_torch(skip_values)
+        joined = torch.cat([torch_skip[:, :, 2 : 2 + height, 1 : 1 + width], torch_x], 1)
+    torch_weight, torch_bias = weight_to_torch(weight), weight_to_torch(bias)
+    expected = F.conv2d(joined, torch_weight, torch_bias)
+    poison(backend, expected.shape[:1] + expected.shape[2:] + expected.shape[1:2])
+
+    y = ops.conv3x3(x, weight, bias, relu=relu, skip=skip)
+    found = y.numpy()
+    assert_close(found, to_numpy(F.relu(expected) if relu else expected), "forward")
+
+    gradient = rng.standard_normal(found.shape).astype(np.float32)
+    before = rng.standard_normal(weight.shape)
+    weight.assign(before, weight.gradient)
+    bias.assign(np.zeros(bias.shape), bias.gradient)
+    poison(backend, (images, height, width, channels))
+    poison(backend, (images, height + 2, width + 2, outputs))  # the gradient within its border of zeros
+    y.backward(gradient)
+    # The ReLU's mask is taken from our own rounding: where float64 has the other sign of almost zero, a gradient
+    # present in one and absent in the other says nothing about the kernel.
+    expected.backward(to_torch(gradient * (found > 0) if relu else gradient).detach())
+    assert_close(x.gradient, to_numpy(torch_x.grad), "data gradient")
+    if skip is not None:
+        assert_close(skip.gradient, to_numpy(torch_skip.grad), "skip gradient")
+    assert_close(weight.numpy(weight.gradient), torch_weight.grad.numpy() + before, "weight gradient, added")
+    assert_close(bias.numpy(bias.gradient), torch_bias.grad.numpy(), "bias gradient")
+
+
+def check_one_input(backend, rng, operation, reference, kind, side, case) -> None:
+    images, height, width, channels, outputs = case
+    weight, bias = parameters(backend, rng, kind, outputs, (channels,), side)
+    values = rng.standard_normal((images, height, width, channels)).astype(np.float32)
+    x, torch_x = Tensor.from_numpy(values, backend, requires_gradient=True), to_torch(values)
+    torch_weight, torch_bias = weight_to_torch(weight), weight_to_torch(bias)
+    expected = reference(torch_x, torch_weight, torch_bias)
+    poison(backend, (images, *expected.shape[2:], outputs))
+    y = operation(x, weight, bias)
+    assert_close(y.numpy(), to_numpy(expected), "forward")
+    gradient = rng.standard_normal(y.shape).astype(np.float32)
+    poison(backend, values.shape)
+    y.backward(gradient)
+    expected.backward(to_torch(gradient).detach())
+    assert_close(x.gradient, to_numpy(torch_x.grad), "data gradient")
+    assert_close(weight.numpy(weight.gradient), torch_weight.grad.numpy(), "weight gradient")
+    assert_close(bias.numpy(bias.gradient), torch_bias.grad.numpy(), "bias gradient")
+
+
+@pytest.mark.parametrize(
+    "case", [(1, 1, 1, 1, 1), (2, 5, 3, 16, 8), (1, 9, 30, 33, 17), (1, 12, 12, 256, 128)]
+)
+def test_upconv2x2(backend, rng, case):
+    reference = functools.partial(F.conv_transpose2d, stride=2)
+    check_one_input(backend, rng, ops.upconv2x2, reference, "upconv", 2, case)
+
+
+@pytest.mark.parametrize("case", [(1, 1, 1, 1, 2), (2, 7, 5, 20, 3), (1, 44, 31, 64, 2), (1, 6, 6, 16, 40)])
+def test_conv1x1(backend, rng, case):
+    check_one_input(backend, rng, ops.conv1x1, F.conv2d, "conv", 1, case)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2, 1), (2, 3, 5, 3), (1, 17, 9, 16), (1, 10, 12, 40)], ids=str)
+def test_maxpool2x2(rng, shape):
+    backend = backends.load("cpu")
+    values = rng.integers(-2, 3, shape).astype(np.float32)  # ties everywhere
+    x, torch_x = Tensor.from_numpy(values, backend, requires_gradient=True), to_torch(values)
+    poison(backend, shape)
+    y, expected = ops.maxpool2x2(x), F.max_pool2d(torch_x, 2)
+    np.testing.assert_array_equal(y.numpy(), to_numpy(expected))
+    gradient = rng.standard_normal(y.shape).astype(np.float32)
+    poison(backend, shape)
+    y.backward(gradient)
+    expected.backward(to_torch(gradient).detach())
+    np.testing.assert_array_equal(x.gradient, to_numpy(torch_x.grad).astype(np.float32))
+
+
+@pytest.mark.parametrize("place", list(np.ndindex(2, 2)), ids=str)
+def test_maxpool2x2_does_not_hide_a_value_that_is_no_number(place):
+    values = np.ones((1, 2, 2, 1), np.float32)
+    values[0, *place, 0] = np.nan
+    assert np.isnan(ops.maxpool2x2(Tensor.from_numpy(values, backends.load("cpu"))).numpy()).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 9, 7, 2), (1, 13, 21, 5), (1, 4, 6, 37)], ids=str)
+def test_softmax_cross_entropy(rng, shape, scale):
+    backend = backends.load("cpu")
+    values = (rng.standard_normal(shape) * scale).clip(-1e4, 1e4).astype(np.float32)
+    labels = rng.integers(0, shape[3], shape[:3])
+    weights = rng.random(shape[:3]).astype(np.float32) * 10 + 0.1
+    weights[rng.random(shape[:3]) < 0.3] = 0
+    weights[0, 0, 0] = 1
+    labels[0, 0, 0] = values[0, 0, 0].argmin()  # a gradient that float32 can tell from 0
+    ignored = weights == 0
+    logits, torch_logits = Tensor.from_numpy(values, backend, requires_gradient=True), to_torch(values)
+    losses = F.cross_entropy(torch_logits, torch.tensor(labels), reduction="none") * torch.tensor(
+        weights.astype(np.float64)
+    )
+    expected = losses.sum() / weights.astype(np.float64).sum()
+    labels[ignored] = 255  # no class: must not matter
+    loss = ops.softmax_cross_entropy(logits, labels, weights)
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-6, abs=1e-7)
+    with no_grad():
+        assert float(ops.softmax_cross_entropy(logits, labels, weights)) == pytest.approx(
+            float(loss), rel=1e-6, abs=1e-7
+        )
+    loss.backward(3.0)
+    (3 * expected).backward()
+    # exp and the division are float32: 1e-5 of the largest gradient.
+    assert_close(logits.gradient, to_numpy(torch_logits.grad), "logit gradient")
+    np.testing.assert_array_equal(logits.gradient[ignored], 0)
+    assert_close(ops.softmax(logits).numpy(), to_numpy(torch.softmax(torch_logits, 1)), "softmax")
+
+
+@pytest.mark.parametrize("pair", [(1e4, 1e4), (-1e4, -9999.0), (20.0, 14.0), (-1e4, 1e4)], ids=str)
+def test_little_is_lost_of_a_loss_small_beside_its_logits(pair):
+    logits = Tensor.from_numpy(np.reshape(pair, (1, 1, 1, 2)), backends.load("cpu"), requires_gradient=True)
+    labels, weights = np.zeros((1, 1, 1), int), np.ones((1, 1, 1))
+    wanted = np.logaddexp(0, pair[1] - pair[0])
+    # The logarithm is of 1 + something, rounded to float32: half a unit of 1.
+    assert float(ops.softmax_cross_entropy(logits, labels, weights)) == pytest.approx(
+        wanted, rel=2e-7, abs=6e-8
+    )
+    with no_grad():
+        assert float(ops.softmax_cross_entropy(logits, labels, weights)) == pytest.approx(
+            wanted, rel=2e-7, abs=6e-8
+        )
+
+
+def test_softmax_cross_entropy_refuses_what_has_no_loss(rng):
+    logits = Tensor.from_numpy(
+        rng.standard_normal((1, 4, 4, 3)), backends.load("cpu"), requires_gradient=True
+    )
+    labels, weights = np.zeros((1, 4, 4), int), np.ones((1, 4, 4), np.float32)
+    with pytest.raises(ValueError, match="sum to zero"):
+        ops.softmax_cross_entropy(logits, labels, 0 * weights)
+    with pytest.raises(ValueError, match="1 pixels whose label is not in 0..2"):
+        ops.softmax_cross_entropy(logits, np.where(np.arange(16).reshape(1, 4, 4) == 5, 3, labels), weights)
+    with pytest.raises(ValueError, match="labels have shape"):
+        ops.softmax_cross_entropy(logits, labels[:, 1:], weights)
+
+
+def philox4x32_10(counter: int, draw: int, seed: int) -> list[int]:
+    """Salmon et al. (2011), table 2, in plain integers."""
+    low = 0xFFFFFFFF
+    c, k = [counter & low, counter >> 32, draw & low, draw >> 32], [seed & low, seed >> 32]
+    for _ in range(10):
+        p, q = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(q >> 32) ^ c[1] ^ k[0], q & low, (p >> 32) ^ c[3] ^ k[1], p & low]
+        k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
+    return c
+
+
+def test_philox_reference_has_the_published_values():
+    """The known-answer vectors of the authors' Random123."""
+    assert philox4x32_10(0, 0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    ones = 2**64 - 1
+    assert philox4x32_10(ones, ones, ones) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 7), (1, 4, 3, 18), (1, 5, 5, 32)], ids=str)
+def test_dropout_mask_is_philox(rng, shape):
+    backend = backends.load("cpu")
+    seed, draw, rate = int(rng.integers(2**63)), int(rng.integers(2**63)), 0.375
+    values = rng.standard_normal(shape).astype(np.float32)
+    x = Tensor.from_numpy(values, backend, requires_gradient=True)
+    y = ops.dropout(x, rate, seed, draw)
+    words = [philox4x32_10(i // 4, draw, seed)[i % 4] for i in range(values.size)]
+    kept = np.reshape(words, shape) >= rate * 2**32
+    np.testing.assert_array_equal(
+        y.numpy(), np.where(kept, values * np.float32(1 / (1 - rate)), 0).astype(np.float32)
+    )
+    gradient = rng.standard_normal(shape).astype(np.float32)
+    y.backward(gradient)
+    np.testing.assert_array_equal(
+        x.gradient, np.where(kept, gradient * np.float32(1 / (1 - rate)), 0).astype(np.float32)
+    )
+
+
+def test_dropout_rate():
+    x = Tensor.from_numpy(np.ones((1, 256, 256, 16)), backends.load("cpu"))
+    values = ops.dropout(x, 0.3, seed=1, draw=2).numpy()
+    # 2**20 draws: the standard deviation of the share kept is 4.5e-4; five of them.
+    assert np.mean(values > 0) == pytest.approx(0.7, abs=2.3e-3)
+    assert np.mean(values) == pytest.approx(1.0, abs=3.3e-3)
+    assert np.any(values != ops.dropout(x, 0.3, seed=1, draw=3).numpy())
+
+
+@pytest.mark.parametrize(
+    "side, inputs, outputs", [(45, (24, 40), 48), (13, (256, 256), 160)], ids=["shallow", "deep"]
+)
+def test_results_do_not_depend_on_the_number_of_threads(backend, rng, side, inputs, outputs):
+    weight, bias = parameters(backend, rng, "conv", outputs, inputs, 3)
+    values = rng.standard_normal((1, side, side - 4, inputs[1])).astype(np.float32)
+    skip_values = rng.standard_normal((1, side + 6, side - 4, inputs[0])).astype(np.float32)
+    before = backends.get_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            backends.set_threads(threads)
+            x = Tensor.from_numpy(values, backend, requires_gradient=True)
+            skip = Tensor.from_numpy(skip_values, backend, requires_gradient=True)
+            weight.gradient[...] = bias.gradient[...] = 0
+            y = ops.conv3x3(x, weight, bias, relu=True, skip=skip)
+            y.backward(np.ones(y.shape, np.float32))
+            results.append(
+                [y.numpy(), x.gradient, skip.gradient, weight.gradient.copy(), bias.gradient.copy()]
+            )
+    finally:
+        backends.set_threads(before)
+    for one, other in itertools.pairwise(results):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_strip_of_any_length(backend, rng):
+    """Its width times the number of register tiles in it is beyond 32 bits."""
+    weight, bias = parameters(backend, rng, "conv", 1, (1,), 3)
+    weight.assign(np.ones(weight.shape))
+    bias.assign(np.zeros(bias.shape))
+    with no_grad():
+        y = ops.conv3x3(Tensor.from_numpy(np.ones((1, 3, 250_000, 1)), backend), weight, bias)
+    np.testing.assert_allclose(y.numpy(), 9, rtol=TOLERANCE)
+
+
+def test_a_value_that_is_no_number_is_not_hidden_by_relu(backend, rng):
+    weight, bias = parameters(backend, rng, "conv", 16, (16,), 3)
+    values = rng.standard_normal((1, 12, 12, 16)).astype(np.float32)
+    values[0, 5, 5, 3] = np.nan
+    assert np.isnan(ops.conv3x3(Tensor.from_numpy(values, backend), weight, bias, relu=True).numpy()).any()
+
+
+def test_shapes_that_do_not_fit_are_refused(rng):
+    backend = backends.load("cpu")
+    weight, bias = parameters(backend, rng, "conv", 8, (4,), 3)
+    with pytest.raises(ValueError, match=r"channels"):
+        ops.conv3x3(Tensor.from_numpy(np.zeros((1, 8, 8, 3)), backend), weight, bias)
+    with pytest.raises(ValueError, match="at least 3 x 3"):
+        ops.conv3x3(Tensor.from_numpy(np.zeros((1, 2, 8, 4)), backend), weight, bias)
+    with pytest.raises(ValueError, match="at least 2 x 2"):
+        ops.maxpool2x2(Tensor.from_numpy(np.zeros((1, 1, 8, 4)), backend))
+    with pytest.raises(ValueError, match="too small to be cropped"):
+        weight2, bias2 = parameters(backend, rng, "conv", 8, (4, 4), 3)
+        x, skip = (Tensor.from_numpy(np.zeros((1, n, n, 4)), backend) for n in (8, 6))
+        ops.conv3x3(x, weight2, bias2, skip=skip)
+    with pytest.raises(ValueError, match="dropout rate"):
+        ops.dropout(Tensor.from_numpy(np.zeros((1, 2, 2, 1)), backend), 1.0, 0, 0)
