@@ -1,0 +1,224 @@
+"""Every kernel beside PyTorch's, at the shapes of the 572 tile: `pytest bench --benchmark-only`.
+
+Each row of the table is one kernel of one engine; extra_info holds GFLOP/s (direct-equivalent for 3x3 convolutions) or
+GB/s. Engines take turns within a run; compare within it only.
+"""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastunet import backends
+from fastunet.parameters import ParameterSet
+
+BACKEND = backends.load("cpu")
+
+# height = width, inputs (of a concatenation: two), outputs: a selection of the layers at base 64 and base 16
+LAYERS = [
+    (572, (1,), 64),
+    (570, (64,), 64),
+    (282, (128,), 128),
+    (138, (256,), 256),
+    (66, (512,), 512),
+    (30, (1024,), 1024),
+    (56, (512, 512), 512),
+    (392, (64, 64), 64),
+    (570, (16,), 16),
+    (138, (64,), 64),
+    (392, (16, 16), 16),
+]
+DIRECTIONS = ("forward", "backward")
+ENGINES = ("fastunet", "torch")
+
+
+def arrays(shape):
+    """One activation for both engines: ours and a channels-last tensor."""
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    tensor = torch.tensor(values).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return BACKEND.array(values), tensor
+
+
+def weights(kind, outputs, inputs, side):
+    channels = (sum(inputs), outputs) if kind == "upconv" else (outputs, sum(inputs))
+    both = ParameterSet(
+        BACKEND, {"w": (kind, (*channels, side, side), inputs), "b": ("bias", (outputs,), ())}
+    )
+    for parameter in both.values():
+        parameter.assign(np.random.default_rng(1).standard_normal(parameter.shape))
+    tensors = [torch.tensor(both[name].numpy()) for name in ("w", "b")]
+    tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    return both["w"], both["b"], *tensors
+
+
+def measure(benchmark, function, flops=0.0, moved=0.0):
+    torch.set_num_threads(backends.get_threads())
+    with torch.no_grad():
+        benchmark.pedantic(function, rounds=5, warmup_rounds=1)
+    median = benchmark.stats.stats.median
+    if flops:
+        benchmark.extra_info["GFLOP/s"] = round(flops / median / 1e9, 1)
+    if moved:
+        benchmark.extra_info["GB/s"] = round(moved / median / 1e9, 1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    "layer", LAYERS, ids=lambda layer: f"{layer[0]}x{'+'.join(map(str, layer[1]))}-{layer[2]}"
+)
+def test_conv3x3(benchmark, layer, direction, engine):
+    side, inputs, outputs = layer
+    benchmark.group = f"conv3x3 {direction} {side}^2 {'+'.join(map(str, inputs))} -> {outputs}"
+    weight, bias, torch_weight, torch_bias = weights("conv", outputs, inputs, 3)
+    x, torch_x = arrays((1, side, side, inputs[-1]))
+    skip, torch_skip = arrays((1, side + 8, side + 8, inputs[0])) if len(inputs) == 2 else (None, None)
+    flops = 18.0 * sum(inputs) * outputs * (side - 2) ** 2
+
+    def joined():
+        return torch_x if torch_skip is None else torch.cat([torch_skip[:, :, 4:-4, 4:-4], torch_x], 1)
+
+    def torch_forward():
+        return F.relu_(F.conv2d(joined(), torch_weight, torch_bias))
+
+    def forward():
+        return BACKEND.conv3x3_forward(x, skip, weight.value, bias.value, outputs, True)
+
+    if direction == "forward":
+        measure(benchmark, forward if engine == "fastunet" else torch_forward, flops)
+        return
+    y, torch_y = forward(), torch_forward()
+    first_layer = inputs == (1,)  # an image wants no gradient
+    gradient, torch_gradient = arrays(y.shape)
+
+    def backward():
+        BACKEND.conv3x3_backward(
+            gradient, x, skip, y, weight.value, weight.gradient, bias.gradient, not first_layer
+        )
+
+    def torch_backward():
+        masked = torch_gradient * (torch_y > 0)
+        wanted = (not first_layer, True, True)
+        torch.ops.aten.convolution_backward(
+            masked, joined(), torch_weight, [outputs], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted
+        )
+
+    measure(
+        benchmark, backward if engine == "fastunet" else torch_backward, flops * (1 if first_layer else 2)
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("layer", [(28, 1024, 512), (100, 256, 128), (196, 128, 64)], ids=str)
+def test_upconv2x2(benchmark, layer, direction, engine):
+    side, inputs, outputs = layer
+    benchmark.group = f"upconv2x2 {direction} {side}^2 {inputs} -> {outputs}"
+    weight, bias, torch_weight, torch_bias = weights("upconv", outputs, (inputs,), 2)
+    x, torch_x = arrays((1, side, side, inputs))
+    gradient, torch_gradient = arrays((1, 2 * side, 2 * side, outputs))
+    flops = 8.0 * inputs * outputs * side**2
+    if direction == "forward" and engine == "fastunet":
+        measure(benchmark, lambda: BACKEND.upconv2x2_forward(x, weight.value, bias.value, outputs), flops)
+    elif direction == "forward":
+        measure(benchmark, lambda: F.conv_transpose2d(torch_x, torch_weight, torch_bias, stride=2), flops)
+    elif engine == "fastunet":
+
+        def backward():
+            BACKEND.upconv2x2_backward(gradient, x, weight.value, weight.gradient, bias.gradient, True)
+
+        measure(benchmark, backward, 2 * flops)
+    else:
+        arguments = ([outputs], [2, 2], [0, 0], [1, 1], True, [0, 0], 1, (True, True, True))
+
+        def torch_backward():
+            torch.ops.aten.convolution_backward(torch_gradient, torch_x, torch_weight, *arguments)
+
+        measure(benchmark, torch_backward, 2 * flops)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_maxpool2x2(benchmark, direction, engine):
+    side, channels = 568, 64
+    benchmark.group = f"maxpool2x2 {direction} {side}^2 {channels}"
+    x, torch_x = arrays((1, side, side, channels))
+    gradient, torch_gradient = arrays((1, side // 2, side // 2, channels))
+    moved = side * side * channels * 4 * (1 + 5 / 16)  # the pooled values and a byte each for the choice
+    _, choice = BACKEND.maxpool2x2_forward(x)
+    _, index = F.max_pool2d(torch_x, 2, return_indices=True)
+    if direction == "forward":
+        ours, theirs = (
+            lambda: BACKEND.maxpool2x2_forward(x),
+            lambda: F.max_pool2d(torch_x, 2, return_indices=True),
+        )
+    else:
+
+        def ours():
+            return BACKEND.maxpool2x2_backward(gradient, choice, side, side)
+
+        def theirs():
+            arguments = ([2, 2], [2, 2], [0, 0], [1, 1], False, index)
+            return torch.ops.aten.max_pool2d_with_indices_backward(torch_gradient, torch_x, *arguments)
+
+    measure(benchmark, ours if engine == "fastunet" else theirs, moved=moved)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_head(benchmark, engine):
+    benchmark.group = "conv1x1 forward 388^2 64 -> 2"
+    weight, bias, torch_weight, torch_bias = weights("conv", 2, (64,), 1)
+    x, torch_x = arrays((1, 388, 388, 64))
+    flops = 2.0 * 64 * 2 * 388**2
+    if engine == "fastunet":
+        measure(benchmark, lambda: BACKEND.conv1x1_forward(x, weight.value, bias.value, 2), flops)
+    else:
+        measure(benchmark, lambda: F.conv2d(torch_x, torch_weight, torch_bias), flops)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_softmax_cross_entropy(benchmark, engine):
+    benchmark.group = "softmax + weighted cross-entropy with gradient 388^2 2 classes"
+    generator = np.random.default_rng(2)
+    labels = generator.integers(0, 2, (1, 388, 388)).astype(np.int32)
+    pixel_weights = generator.random((1, 388, 388)).astype(np.float32)
+    logits, torch_logits = arrays((1, 388, 388, 2))
+    torch_labels, torch_weights = torch.tensor(labels).long(), torch.tensor(pixel_weights)
+
+    def theirs():
+        with torch.enable_grad():
+            leaf = torch_logits.detach().requires_grad_()
+            losses = F.cross_entropy(leaf, torch_labels, reduction="none") * torch_weights
+            (losses.sum() / torch_weights.sum()).backward()
+
+    def ours():
+        BACKEND.softmax_cross_entropy(logits, labels, pixel_weights, True)
+
+    measure(benchmark, ours if engine == "fastunet" else theirs)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_dropout(benchmark, engine):
+    benchmark.group = "dropout 64^2 512"
+    x, torch_x = arrays((1, 64, 64, 512))
+    moved = 64 * 64 * 512 * 8.0
+    if engine == "fastunet":
+        measure(benchmark, lambda: BACKEND.dropout(x, 0.5, 1, 2), moved=moved)
+    else:
+        measure(benchmark, lambda: F.dropout(torch_x, 0.5), moved=moved)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sgd_momentum(benchmark, engine):
+    count = 31_030_658
+    benchmark.group = "SGD with momentum, 31 million parameters"
+    value, gradient, momentum = (np.ones(count, np.float32) for _ in range(3))
+    if engine == "fastunet":
+        measure(
+            benchmark, lambda: BACKEND.sgd_momentum(value, gradient, momentum, 1e-6, 0.99), moved=20.0 * count
+        )
+        return
+    parameter = torch.tensor(value, requires_grad=True)
+    parameter.grad = torch.tensor(gradient)
+    optimiser = torch.optim.SGD([parameter], 1e-6, 0.99)
+    measure(benchmark, optimiser.step, moved=20.0 * count)
