@@ -86,18 +86,19 @@ def test_any_bytes_give_an_array_or_a_data_error(tmp_path: Path, name: str, data
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_file_that_was_cut_never_gives_less(tmp_path: Path, name: str, rng: np.random.Generator) -> None:
+def test_a_file_that_was_cut_never_gives_less(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(WHOLE[name])
     whole = read_array(path)
-    refused = 0
-    for length in rng.integers(0, len(WHOLE[name]), 60):
+    # Pixels or the list of pages break off in the last third.
+    most = len(WHOLE[name]) * 2 // 3
+    for length in (*range(0, most, 17), *range(most, len(WHOLE[name]))):
         path.write_bytes(WHOLE[name][:length])
         try:
             np.testing.assert_array_equal(read_array(path), whole)
+            assert length >= most
         except DataError:
-            refused += 1
-    assert refused > 30
+            pass
 
 
 def test_a_pickled_array_is_never_loaded(tmp_path: Path) -> None:

@@ -366,12 +366,21 @@ def _read_tiff(path: Path) -> list[tuple[np.ndarray, str | None]]:
         if errors or not series:
             raise tifffile.TiffFileError(errors[0] if errors else "no page")
         _check_size(path, sum(int(np.prod(one.shape, dtype=object)) * one.dtype.itemsize for one in series))
+        _check_segments(path, series)
         # One worker: callers read several files at a time.
         parts = [(np.asarray(one.asarray(maxworkers=1)), one.axes) for one in series]
     if errors:
         raise tifffile.TiffFileError(errors[0])
     # Q is what tifffile calls an axis of which nothing is known.
     return [(array, None if "Q" in axes or len(axes) != array.ndim else axes) for array, axes in parts]
+
+
+def _check_segments(path: Path, series: list[tifffile.TiffPageSeries]) -> None:
+    """Refuse pixels beyond the file's end: tifffile may take what is left of a tile for the whole of it."""
+    pages = [page for one in series for page in one.pages if page is not None]
+    ends = [a + b for page in pages for a, b in zip(page.dataoffsets, page.databytecounts)]
+    if max(ends, default=0) > path.stat().st_size:
+        raise tifffile.TiffFileError("it ends before its pixels do")
 
 
 @contextmanager
