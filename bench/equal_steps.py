@@ -59,7 +59,7 @@ def main() -> None:
         optimiser, losses = SGD(model, arguments.lr), []
         for sample in samples:
             optimiser.zero_grad()
-            loss = ops.softmax_cross_entropy(model(sample.image), sample.labels, sample.weights)
+            loss = model.loss(sample.image, sample.labels, sample.weights)
             loss.backward()
             optimiser.step()
             losses.append(float(loss))

@@ -26,7 +26,7 @@ ENGINES = ("fastunet", "torch channels_last", "torch contiguous")
 
 def engine(name: str, base: int, tile: int, threads: int) -> dict[str, Callable[[], object]]:
     """The forward pass and the training step of one engine, as functions without arguments."""
-    from fastunet import SGD, UNet, backends, no_grad, ops, output_size
+    from fastunet import SGD, UNet, backends, no_grad, output_size
 
     generator = np.random.default_rng(0)
     side = output_size(tile)
@@ -44,7 +44,7 @@ def engine(name: str, base: int, tile: int, threads: int) -> dict[str, Callable[
 
         def step() -> None:
             optimiser.zero_grad()
-            ops.softmax_cross_entropy(model(x), labels, weights).backward()
+            model.loss(x, labels, weights).backward()
             optimiser.step()
 
         return {"forward": forward, "training step": step}

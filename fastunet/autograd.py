@@ -16,7 +16,7 @@ import numpy as np
 
 from fastunet.backends import Backend
 
-Backward = Callable[[Any], Sequence[Any]]
+Backward = Callable[..., Sequence[Any]]
 
 _order = itertools.count()
 _thread = local()
@@ -59,6 +59,7 @@ class Tensor:
         self._order = next(_order)
         self._inputs: tuple[Tensor, ...] = ()
         self._backward: Backward | None = None
+        self._gives_totals = False
         self._gradient: Any = None
 
     @classmethod
@@ -120,15 +121,16 @@ class Tensor:
             if not isinstance(gradient, float):
                 gradient = tensor.backend.full_size(gradient, tensor.shape)
             tensor._backward, tensor._inputs, tensor._gradient = None, (), None
-            contributions = backward(gradient)
-            del backward, gradient
+            present = [source._gradient for source in inputs] if tensor._gives_totals else []
+            contributions = backward(gradient, *present)
+            del backward, gradient, present
             for source, contribution in zip(inputs, contributions, strict=True):
                 if contribution is None or not source.requires_gradient:
                     continue
-                if source._gradient is None:
+                if source._gradient is None and not source.is_leaf:
+                    heapq.heappush(waiting, (-source._order, source))
+                if source._gradient is None or tensor._gives_totals:
                     source._gradient = contribution
-                    if not source.is_leaf:
-                        heapq.heappush(waiting, (-source._order, source))
                 elif isinstance(contribution, float):
                     source._gradient += contribution
                 else:
@@ -136,7 +138,12 @@ class Tensor:
 
 
 def record(
-    array: Any, backend: Backend, inputs: Sequence[Tensor], backward: Backward, learns: bool = False
+    array: Any,
+    backend: Backend,
+    inputs: Sequence[Tensor],
+    backward: Backward,
+    learns: bool = False,
+    gives_totals: bool = False,
 ) -> Tensor:
     """Wrap an operation's result and, unless recording is off or nothing needs it, its way back.
 
@@ -154,10 +161,13 @@ def record(
         added by the function itself.
     learns : bool
         Whether parameters took part, so that the way back is needed even where no input needs it.
+    gives_totals : bool
+        Whether `backward` also takes the gradient that each input has from elsewhere so far (or None), and returns the
+        sums: a pass over memory less than adding them afterwards.
     """
     needed = recording() and (learns or any(tensor.requires_gradient for tensor in inputs))
     result = Tensor(array, backend, requires_gradient=needed)
     if needed:
         result.is_leaf = False
-        result._inputs, result._backward = tuple(inputs), backward
+        result._inputs, result._backward, result._gives_totals = tuple(inputs), backward, gives_totals
     return result

@@ -42,9 +42,37 @@ def conv3x3(
         If the shapes do not fit each other.
     """
     _check_inputs("conv3x3", weight, x if skip is None else (skip, x))
+    skip_array = None if skip is None else skip.array
+    y = x.backend.conv3x3_forward(x.array, skip_array, weight.value, bias.value, weight.outputs, relu)
+    return _record_conv3x3(y, x, weight, bias, relu, skip)
+
+
+def conv3x3_maxpool2x2(x: Tensor, weight: Parameter, bias: Parameter) -> tuple[Tensor, Tensor]:
+    """`conv3x3` with ReLU and the `maxpool2x2` of its result, made in one pass where the device can.
+
+    Returns
+    -------
+    y, pooled : Tensor
+        (N, H - 2, W - 2, K) and (N, (H - 2) // 2, (W - 2) // 2, K).
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit each other, or there is no 2 x 2 pixels to pool.
+    """
+    _check_inputs("conv3x3_maxpool2x2", weight, x)
+    y, pooled, choice = x.backend.conv3x3_maxpool2x2_forward(
+        x.array, weight.value, bias.value, weight.outputs
+    )
+    convolved = _record_conv3x3(y, x, weight, bias, relu=True, skip=None)
+    return convolved, _record_maxpool2x2(pooled, convolved, choice)
+
+
+def _record_conv3x3(
+    y: Any, x: Tensor, weight: Parameter, bias: Parameter, relu: bool, skip: Tensor | None
+) -> Tensor:
     backend = x.backend
     skip_array = None if skip is None else skip.array
-    y = backend.conv3x3_forward(x.array, skip_array, weight.value, bias.value, weight.outputs, relu)
 
     def backward(gradient: Any) -> tuple[Any, ...]:
         wanted = x.requires_gradient or (skip is not None and skip.requires_gradient)
@@ -97,12 +125,17 @@ def maxpool2x2(x: Tensor) -> Tensor:
     ValueError
         If the input is smaller than 2 x 2 pixels.
     """
-    backend = x.backend
-    y, choice = backend.maxpool2x2_forward(x.array)
+    pooled, choice = x.backend.maxpool2x2_forward(x.array)
+    return _record_maxpool2x2(pooled, x, choice)
+
+
+def _record_maxpool2x2(pooled: Any, x: Tensor, choice: Any) -> Tensor:
     height, width = x.shape[1:3]
-    return record(
-        y, backend, (x,), lambda gradient: (backend.maxpool2x2_backward(gradient, choice, height, width),)
-    )
+
+    def backward(gradient: Any, present: Any) -> tuple[Any]:
+        return (x.backend.maxpool2x2_backward(gradient, choice, height, width, present),)
+
+    return record(pooled, x.backend, (x,), backward, gives_totals=True)
 
 
 def dropout(x: Tensor, rate: float, seed: int, draw: int) -> Tensor:
@@ -163,15 +196,44 @@ def softmax_cross_entropy(logits: Tensor, labels: np.ndarray, weights: np.ndarra
         If shapes do not fit, a label names no class, or the weights sum to zero.
     """
     backend = logits.backend
-    labels, weights = np.asarray(labels), np.asarray(weights)
-    for name, given in (("labels", labels), ("weights", weights)):
-        if given.shape != logits.shape[:3]:
-            raise ValueError(
-                f"the {name} have shape {given.shape}; {logits.shape[:3]} is expected, one for each pixel"
-            )
+    labels, weights = _check_truth(labels, weights, logits.shape[:3])
     wanted = recording() and logits.requires_gradient
     loss, logit_gradient = backend.softmax_cross_entropy(logits.array, labels, weights, wanted)
     return record(loss, backend, (logits,), lambda gradient: (backend.scaled(logit_gradient, gradient),))
+
+
+def head_cross_entropy(
+    x: Tensor, weight: Parameter, bias: Parameter, labels: np.ndarray, weights: np.ndarray
+) -> Tensor:
+    """`softmax_cross_entropy` of `conv1x1`, in one pass where the device can: the end of a training step.
+
+    Raises
+    ------
+    ValueError
+        As those two.
+    """
+    _check_inputs("head_cross_entropy", weight, x)
+    backend = x.backend
+    labels, weights = _check_truth(labels, weights, x.shape[:3])
+    loss, saved = backend.head_cross_entropy_forward(
+        x.array, weight.value, bias.value, weight.outputs, labels, weights, recording()
+    )
+
+    def backward(gradient: float) -> tuple[Any]:
+        wanted = x.requires_gradient
+        return (backend.head_cross_entropy_backward(saved, gradient, weight.gradient, bias.gradient, wanted),)
+
+    return record(loss, backend, (x,), backward, learns=True)
+
+
+def _check_truth(
+    labels: np.ndarray, weights: np.ndarray, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    labels, weights = np.asarray(labels), np.asarray(weights)
+    for name, given in (("labels", labels), ("weights", weights)):
+        if given.shape != shape:
+            raise ValueError(f"the {name} have shape {given.shape}; {shape} is expected, one for each pixel")
+    return labels, weights
 
 
 def softmax(logits: Tensor) -> Tensor:

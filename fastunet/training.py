@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fastunet import backends, ops
+from fastunet import backends
 from fastunet.checkpoint import Checkpoint, RunState
 from fastunet.data.datasets import Dataset
 from fastunet.data.images import whole_file
@@ -607,7 +607,7 @@ class _Run:
         state, settings = self.state, self.settings
         rate = learning_rate(settings.lr, state.step, self._fraction())
         self.optimizer.lr = rate
-        loss = ops.softmax_cross_entropy(self.model(sample.image), sample.labels, sample.weights)
+        loss = self.model.loss(sample.image, sample.labels, sample.weights)
         value = float(loss)
         if not math.isfinite(value):
             raise self._diverged(f"the loss is {value} at step {state.step + 1}")

@@ -13,7 +13,7 @@ from fastunet.autograd import Tensor
 from fastunet.errors import DataError
 from fastunet.geometry import output_size
 from fastunet.normalization import Normalization, check_normalization
-from fastunet.parameters import ParameterSet
+from fastunet.parameters import Parameter, ParameterSet
 
 FORMAT, VERSION = "fastunet", "1"
 _CONFIG = ("in_channels", "num_classes", "base_channels", "depth", "dropout", "normalization", "class_names")
@@ -130,6 +130,23 @@ class UNet:
         ValueError
             If the input is not of that form or its size not valid (`fastunet.geometry`).
         """
+        return ops.conv1x1(self._features(x), *self._layer("head"))
+
+    def loss(self, x: np.ndarray | Tensor, labels: np.ndarray, weights: np.ndarray) -> Tensor:
+        """`ops.softmax_cross_entropy(model(x), labels, weights)`, with the head inside the loss: a training step's way.
+
+        Raises
+        ------
+        ValueError
+            As those two.
+        """
+        return ops.head_cross_entropy(self._features(x), *self._layer("head"), labels, weights)
+
+    def _layer(self, name: str) -> tuple[Parameter, Parameter]:
+        return self._parameters[f"{name}.weight"], self._parameters[f"{name}.bias"]
+
+    def _features(self, x: np.ndarray | Tensor) -> Tensor:
+        """What the head sees: the last convolution's output, (N, H', W', base_channels)."""
         if not isinstance(x, Tensor):
             x = np.asarray(x)
             if x.ndim != 4:
@@ -143,33 +160,30 @@ class UNet:
             )
         for side in x.shape[1:3]:
             output_size(side, self.depth)
-        p = self._parameters
         if self.training:
             self.draws += 1
 
-        def convolution(name: str, x: Tensor, skip: Tensor | None = None) -> Tensor:
-            return ops.conv3x3(x, p[f"{name}.weight"], p[f"{name}.bias"], relu=True, skip=skip)
-
         def drop(x: Tensor, which: int) -> Tensor:
-            if not self.training or self.dropout == 0:
-                return x
-            return ops.dropout(x, self.dropout, self.seed, 2 * self.draws + which)
+            return ops.dropout(x, self.dropout, self.seed, 2 * self.draws + which) if drops else x
 
+        drops = self.training and self.dropout > 0
         skips = []
         for level in range(self.depth):
-            x = convolution(f"encoder.{level}.conv1", x)
-            x = convolution(f"encoder.{level}.conv2", x)
-            if level == self.depth - 1:
-                x = drop(x, 0)
-            skips.append(x)
-            x = ops.maxpool2x2(x)
-        x = convolution("bottleneck.conv1", x)
-        x = drop(convolution("bottleneck.conv2", x), 1)
+            x = ops.conv3x3(x, *self._layer(f"encoder.{level}.conv1"), relu=True)
+            second = self._layer(f"encoder.{level}.conv2")
+            if drops and level == self.depth - 1:
+                skip = drop(ops.conv3x3(x, *second, relu=True), 0)
+                x = ops.maxpool2x2(skip)
+            else:
+                skip, x = ops.conv3x3_maxpool2x2(x, *second)
+            skips.append(skip)
+        x = ops.conv3x3(x, *self._layer("bottleneck.conv1"), relu=True)
+        x = drop(ops.conv3x3(x, *self._layer("bottleneck.conv2"), relu=True), 1)
         for step in range(self.depth):
-            x = ops.upconv2x2(x, p[f"decoder.{step}.upconv.weight"], p[f"decoder.{step}.upconv.bias"])
-            x = convolution(f"decoder.{step}.conv1", x, skip=skips.pop())
-            x = convolution(f"decoder.{step}.conv2", x)
-        return ops.conv1x1(x, p["head.weight"], p["head.bias"])
+            x = ops.upconv2x2(x, *self._layer(f"decoder.{step}.upconv"))
+            x = ops.conv3x3(x, *self._layer(f"decoder.{step}.conv1"), relu=True, skip=skips.pop())
+            x = ops.conv3x3(x, *self._layer(f"decoder.{step}.conv2"), relu=True)
+        return x
 
     def train(self) -> "UNet":
         """Switch dropout on."""

@@ -172,6 +172,80 @@ def test_maxpool2x2(rng, shape):
     np.testing.assert_array_equal(x.gradient, to_numpy(torch_x.grad).astype(np.float32))
 
 
+def test_maxpool2x2_adds_to_a_gradient_that_is_there(rng):
+    backend = backends.load("cpu")
+    x = Tensor.from_numpy(rng.standard_normal((2, 7, 8, 20)), backend, requires_gradient=True)
+    gradients = rng.standard_normal((2, 2, 3, 4, 20)).astype(np.float32)
+    ops.maxpool2x2(x).backward(gradients[0])
+    first = x.gradient
+    ops.maxpool2x2(x).backward(gradients[1])
+    alone = Tensor.from_numpy(x.numpy(), backend, requires_gradient=True)
+    ops.maxpool2x2(alone).backward(gradients[1])
+    np.testing.assert_allclose(x.gradient, first + alone.gradient, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 8, 8, 1, 1), (2, 12, 10, 3, 20), (1, 21, 16, 16, 16)], ids=str)
+def test_conv3x3_maxpool2x2_is_the_two_one_after_the_other(backend, rng, size):
+    """Down, up again and beside the skip: the convolution's result is used twice, once by its centre."""
+    images, height, width, channels, outputs = size
+    values = rng.standard_normal((images, height, width, channels)).astype(np.float32)
+    first = parameters(backend, rng, "conv", outputs, (channels,), 3)
+    up = parameters(backend, rng, "upconv", 4, (outputs,), 2)
+    last = parameters(backend, rng, "conv", 5, (outputs, 4), 3)
+
+    def run(fused: bool) -> list[np.ndarray]:
+        x = Tensor.from_numpy(values, backend, requires_gradient=True)
+        if fused:
+            y, pooled = ops.conv3x3_maxpool2x2(x, *first)
+        else:
+            y = ops.conv3x3(x, *first, relu=True)
+            pooled = ops.maxpool2x2(y)
+        out = ops.conv3x3(ops.upconv2x2(pooled, *up), *last, skip=y)
+        for parameter in (*first, *up, *last):
+            parameter.assign(np.zeros(parameter.shape), parameter.gradient)
+        gradient = np.random.default_rng(images).standard_normal(out.shape).astype(np.float32)
+        out.backward(gradient)
+        gradients = [parameter.numpy(parameter.gradient) for parameter in (*first, *up, *last)]
+        return [y.numpy(), pooled.numpy(), out.numpy(), x.gradient, *gradients]
+
+    for number, (found, expected) in enumerate(zip(run(True), run(False), strict=True)):
+        assert np.abs(expected).max() > 0
+        assert_close(found, expected, f"value {number}")
+
+
+@pytest.mark.parametrize("case", [(1, 1, 1, 1, 2), (2, 9, 7, 16, 2), (1, 6, 13, 20, 5)], ids=str)
+def test_head_cross_entropy_is_the_two_one_after_the_other(rng, case):
+    backend = backends.load("cpu")
+    images, height, width, channels, classes = case
+    values = rng.standard_normal((images, height, width, channels)).astype(np.float32)
+    weight, bias = parameters(backend, rng, "conv", classes, (channels,), 1)
+    labels = rng.integers(0, classes, (images, height, width))
+    weights = rng.random(labels.shape).astype(np.float32) + 0.1
+    factor = float(rng.uniform(0.5, 2))
+
+    def run(loss_of) -> tuple[float, list[np.ndarray]]:
+        x = Tensor.from_numpy(values, backend, requires_gradient=True)
+        loss = loss_of(x)
+        before = [np.full(parameter.shape, 0.5, np.float32) for parameter in (weight, bias)]
+        for parameter, start in zip((weight, bias), before):
+            parameter.assign(start, parameter.gradient)
+        loss.backward(factor)
+        return float(loss), [x.gradient, weight.numpy(weight.gradient), bias.numpy(bias.gradient)]
+
+    found, gradients = run(lambda x: ops.head_cross_entropy(x, weight, bias, labels, weights))
+    expected, wanted = run(lambda x: ops.softmax_cross_entropy(ops.conv1x1(x, weight, bias), labels, weights))
+    assert found == pytest.approx(expected, rel=1e-6)
+    for gradient, reference in zip(gradients, wanted, strict=True):
+        assert_close(gradient, reference, "gradient")
+    with no_grad():
+        x = Tensor.from_numpy(values, backend)
+        assert float(ops.head_cross_entropy(x, weight, bias, labels, weights)) == pytest.approx(
+            expected, rel=1e-6
+        )
+    with pytest.raises(ValueError, match="labels have shape"):
+        ops.head_cross_entropy(Tensor.from_numpy(values, backend), weight, bias, labels[:, :0], weights)
+
+
 @pytest.mark.parametrize("place", list(np.ndindex(2, 2)), ids=str)
 def test_maxpool2x2_does_not_hide_a_value_that_is_no_number(place):
     values = np.ones((1, 2, 2, 1), np.float32)

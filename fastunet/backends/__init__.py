@@ -80,13 +80,36 @@ class Backend(Protocol):
     def maxpool2x2_forward(self, x: Any) -> tuple[Any, Any]:
         """The pooled array and which pixel won, for the way back."""
 
-    def maxpool2x2_backward(self, gradient: Any, choice: Any, height: int, width: int) -> Any: ...
+    def conv3x3_maxpool2x2_forward(
+        self, x: Any, weight: Any, bias: Any, outputs: int
+    ) -> tuple[Any, Any, Any]:
+        """Valid 3x3 convolution with bias and ReLU, its 2x2 max-pooling, and the choice of `maxpool2x2_forward`."""
+
+    def maxpool2x2_backward(self, gradient: Any, choice: Any, height: int, width: int, present: Any) -> Any:
+        """The gradient of the pooling's input, added to what is `present` of it (all, its centre, or None)."""
 
     def softmax_cross_entropy(
         self, logits: Any, labels: np.ndarray, weights: np.ndarray, wants_gradient: bool
     ) -> tuple[float, Any]: ...
 
     def softmax(self, logits: Any) -> Any: ...
+
+    def head_cross_entropy_forward(
+        self,
+        x: Any,
+        weight: Any,
+        bias: Any,
+        outputs: int,
+        labels: np.ndarray,
+        weights: np.ndarray,
+        wants_gradient: bool,
+    ) -> tuple[float, Any]:
+        """`softmax_cross_entropy` of `conv1x1_forward`: the loss, and what the way back needs where it is wanted."""
+
+    def head_cross_entropy_backward(
+        self, saved: Any, factor: float, weight_gradient: Any, bias_gradient: Any, wants_input: bool
+    ) -> Any:
+        """Adds `factor` times the gradients to the parameters'; returns that of x."""
 
     def dropout(self, x: Any, rate: float, seed: int, draw: int) -> Any: ...
 

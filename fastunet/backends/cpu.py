@@ -35,7 +35,6 @@ class CpuBackend:
     conv1x1_forward = staticmethod(engine.conv1x1_forward)
     conv1x1_backward = staticmethod(engine.conv1x1_backward)
     maxpool2x2_forward = staticmethod(engine.maxpool2x2_forward)
-    maxpool2x2_backward = staticmethod(engine.maxpool2x2_backward)
     softmax_cross_entropy = staticmethod(engine.softmax_cross_entropy)
     softmax = staticmethod(engine.softmax)
     dropout = staticmethod(engine.dropout)
@@ -66,6 +65,39 @@ class CpuBackend:
             wants_input,
             self.algorithm,
         )
+
+    def conv3x3_maxpool2x2_forward(
+        self, x: Any, weight: Any, bias: Any, outputs: int
+    ) -> tuple[Any, Any, Any]:
+        y = self.conv3x3_forward(x, None, weight, bias, outputs, True)
+        return y, *engine.maxpool2x2_forward(y)
+
+    def maxpool2x2_backward(self, gradient: Any, choice: Any, height: int, width: int, present: Any) -> Any:
+        total = engine.maxpool2x2_backward(gradient, choice, height, width)
+        if present is not None:
+            engine.add_centre(total, present)
+        return total
+
+    def head_cross_entropy_forward(
+        self,
+        x: Any,
+        weight: Any,
+        bias: Any,
+        outputs: int,
+        labels: np.ndarray,
+        weights: np.ndarray,
+        wants_gradient: bool,
+    ) -> tuple[float, Any]:
+        logits = engine.conv1x1_forward(x, weight, bias, outputs)
+        loss, gradient = engine.softmax_cross_entropy(logits, labels, weights, wants_gradient)
+        return loss, (gradient, x, weight)
+
+    def head_cross_entropy_backward(
+        self, saved: Any, factor: float, weight_gradient: Any, bias_gradient: Any, wants_input: bool
+    ) -> Any:
+        gradient, x, weight = saved
+        gradient = self.scaled(gradient, factor)
+        return engine.conv1x1_backward(gradient, x, weight, weight_gradient, bias_gradient, wants_input)
 
     def array(self, values: np.ndarray) -> Any:
         values = np.asarray(values)
