@@ -129,8 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--tile",
         type=_auto_or_positive_int,
         metavar="N",
-        help="side of the network's input in pixels, 16 k + 12 at depth 4 (default: 572 on CUDA, 316 on the "
-        "CPU, less where all images are smaller)",
+        help="side of the network's input in pixels, 16 k + 12 at depth 4 (default: 572 on CUDA; on the CPU 316, "
+        "more where objects are large; less where all images are smaller)",
     )
     network.add_argument(
         "--dropout", type=float, metavar="P", help="at the end of the contracting path (default: 0.5)"

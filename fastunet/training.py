@@ -60,6 +60,8 @@ FILES = (CONFIG, METRICS, LATEST, BEST, MODEL, PROGRESS, SAMPLES)
 
 STEPS = 10_000
 OUTPUT_BY_DEVICE = {"cpu": 132, "cuda": 388}
+OBJECTS_ACROSS = 3
+"""A tile shows this many objects side by side: of less it learns insides, not borders (bench/NOTES.md)."""
 BASE_CHANNELS_BY_DEVICE = {"cpu": 16, "cuda": 64}
 RUNNING_HORIZON = 100
 VALIDATIONS = 20
@@ -83,7 +85,8 @@ class Settings:
     depth : int
         Default 4, or that of `init`.
     tile : int
-        Side of the network's input; default 316 on the CPU, 572 on CUDA, less where all images are smaller.
+        Side of the network's input; default 572 on CUDA; on the CPU 316, or more where objects are large, so that
+        three fit side by side. Less where all images are smaller.
     lr, momentum : float
     w0, sigma, preset : float, float, str
         The weight map's (`fastunet.weight_map`); the preset's own w0 and sigma when None.
@@ -365,6 +368,16 @@ def _check(settings: Settings, training: Dataset) -> None:
         )
 
 
+def _object_size(dataset: Dataset) -> int:
+    """Side in pixels of a square of the median object's area, 0 where objects are not told apart."""
+    if dataset.kind != "instances":
+        return 0
+    areas = [
+        np.unique(sample.instances[sample.instances > 0], return_counts=True)[1] for sample in dataset.samples
+    ]
+    return int(np.sqrt(np.median(np.concatenate(areas)))) if sum(map(len, areas)) else 0
+
+
 def _resolve(settings: Settings, training: Dataset, notify: Callable[[str], None]) -> tuple[UNet, Settings]:
     """Make the network as it is before the first step, and settings in which nothing is left open."""
     _check(settings, training)
@@ -389,7 +402,10 @@ def _resolve(settings: Settings, training: Dataset, notify: Callable[[str], None
     depth = settings.depth or (init.depth if init else 4)
     base_channels = settings.base_channels or (init.base_channels if init else BASE_CHANNELS_BY_DEVICE[kind])
     longest = max(max(sample.shape[:2]) for sample in training.samples)
-    tile = settings.tile or input_size(min(OUTPUT_BY_DEVICE[kind], longest), depth)
+    wanted = max(
+        OUTPUT_BY_DEVICE[kind], min(OBJECTS_ACROSS * _object_size(training), OUTPUT_BY_DEVICE["cuda"])
+    )
+    tile = settings.tile or input_size(min(wanted, longest), depth)
     normalization = settings.normalization or (init.normalization if init else "zscore")
     try:
         output = output_size(tile, depth)

@@ -384,6 +384,20 @@ def test_defaults_are_chosen_and_said(data, tmp_path, capsys):
     assert "16 base channels, depth 4, tiles of 252 pixels in and 68 out, on cpu" in said
 
 
+@pytest.mark.parametrize(("side", "tile"), [(20, 316), (60, 364), (150, 572)])
+def test_three_objects_fit_into_a_tile(rng, tmp_path, capsys, side, tile):
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+    labels = np.zeros((400, 400), np.uint16)
+    for number, column in enumerate((10, 200), 1):
+        labels[20 : 20 + side, column : column + side] = number
+    tifffile.imwrite(tmp_path / "labels" / "a.tif", labels)
+    tifffile.imwrite(tmp_path / "images" / "a.tif", rng.random((400, 400), np.float32))
+    arguments = ["--labels", "instances", "--base-channels", "1", "--steps", "1", "--device", "cpu"]
+    assert run(tmp_path, "--out", tmp_path / "run", *arguments) == 0
+    assert f"tiles of {tile} pixels" in capsys.readouterr().out
+
+
 def test_quiet_says_nothing(data, tmp_path, capsys):
     assert run(data, "--out", tmp_path / "run", "--steps", 2, "--quiet", *SMALL) == 0
     said = capsys.readouterr()
