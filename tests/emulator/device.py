@@ -1,0 +1,233 @@
+"""A device made of this machine's own CPU: the kernels of kernels/ built by g++ and run under emulator.h."""
+
+import bisect
+import ctypes
+import hashlib
+import math
+import mmap
+import os
+import platform
+import subprocess
+import tempfile
+import threading
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parents[1] / "kernels"
+POISON = 0xFF
+SHARED_KIBIBYTES = {
+    "sm_80": 163,
+    "sm_86": 99,
+    "sm_87": 163,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+}
+FLAGS = ("-std=c++17", "-O2", "-g1", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden",
+         "-fno-omit-frame-pointer", "-Wall", "-Wextra", "-Werror", "-DFASTUNET_EMULATOR", f"-I{HERE}", f"-I{KERNELS}")  # fmt: skip
+
+
+class Launch(ctypes.Structure):
+    """As in machine.h."""
+
+    _fields_ = [
+        ("grid", ctypes.c_int * 3),
+        ("block", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
+        ("shared_limit", ctypes.c_int),
+        ("argument_bytes", ctypes.c_int),
+        ("seed", ctypes.c_uint),
+    ]
+
+
+class Failure(ctypes.Structure):
+    """As in machine.h."""
+
+    _fields_ = [("address", ctypes.c_ulonglong), ("message", ctypes.c_char * 2000)]
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+_running = threading.Lock()  # the emulated machine is one, and so are a process's signal handlers
+
+
+class Memory:
+    """Device memory whose last byte (to a multiple of 16) is followed by a page that faults; full of poison."""
+
+    def __init__(self, count_bytes: int) -> None:
+        page = mmap.PAGESIZE
+        self.bytes = count_bytes
+        padded = max(math.ceil(count_bytes / 16) * 16, 16)
+        inner = math.ceil(padded / page) * page
+        start = _libc.mmap(None, inner + 2 * page, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        if start is None or start == ctypes.c_void_p(-1).value:
+            raise MemoryError(f"{count_bytes} bytes of emulated device memory cannot be had")
+        _libc.mprotect(start + page, inner, mmap.PROT_READ | mmap.PROT_WRITE)
+        ctypes.memset(start + page, POISON, inner)
+        self.pages = range(start + page, start + page + inner)
+        self.pointer = self.pages.stop - padded
+        weakref.finalize(self, _libc.munmap, start, inner + 2 * page)
+
+    def is_kept(self) -> bool:
+        """Whether nothing was written to the pages beside the memory itself."""
+        before = ctypes.string_at(self.pages.start, self.pointer - self.pages.start)
+        end = self.pointer + self.bytes
+        behind = ctypes.string_at(end, self.pages.stop - end)
+        return before.count(POISON) + behind.count(POISON) == len(before) + len(behind)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of a built library."""
+
+    name: str
+    entry: Any
+
+
+class EmulatorDevice:
+    """The `Device` of fastunet.backends.cuda.device, without a GPU.
+
+    Parameters
+    ----------
+    architecture
+        Whose shared memory a block may have.
+    kernels
+        Folder of the kernels' sources.
+    sanitize
+        Build with AddressSanitizer and UBSan; the process must have been started with libasan (see test_sanitized).
+    seed
+        Of the order in which blocks, warps and lanes take turns.
+    """
+
+    def __init__(
+        self, architecture: str = "sm_80", kernels: Path = KERNELS, sanitize: bool = False, seed: int = 0
+    ) -> None:
+        self.name = "emulator"
+        self.architecture = architecture
+        self.multiprocessors = 4
+        self.shared_memory = SHARED_KIBIBYTES[architecture.rstrip("af")] * 1024
+        self.kernels = kernels
+        self.sanitize = sanitize
+        self.seed = seed
+        self._memories: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
+        self._built: dict[tuple[str, str, tuple[str, ...]], Kernel] = {}
+
+    def allocate(self, count_bytes: int) -> Memory:
+        memory = Memory(count_bytes)
+        self._memories[memory.pointer] = memory
+        return memory
+
+    def upload(self, pointer: int, values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values)
+        self._check(pointer, values.nbytes)
+        ctypes.memmove(pointer, values.ctypes.data, values.nbytes)
+
+    def download(self, pointer: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        values = np.empty(shape, dtype)
+        self._check(pointer, values.nbytes)
+        ctypes.memmove(values.ctypes.data, pointer, values.nbytes)
+        return values
+
+    def zero(self, pointer: int, count_bytes: int) -> None:
+        self._check(pointer, count_bytes)
+        ctypes.memset(pointer, 0, count_bytes)
+
+    def kernel(self, file: str, name: str, defines: tuple[str, ...] = ()) -> Kernel:
+        key = (file, name, defines)
+        if key not in self._built:
+            library = ctypes.CDLL(str(build(self.kernels / file, defines, self.sanitize)))
+            entry = getattr(library, f"emulate_{name}")
+            entry.restype = ctypes.c_bool
+            entry.argtypes = [ctypes.POINTER(Launch), ctypes.c_void_p, ctypes.POINTER(Failure)]
+            self._built[key] = Kernel(name, entry)
+        return self._built[key]
+
+    def launch(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        block: int,
+        shared_bytes: int,
+        arguments: ctypes.Structure,
+    ) -> None:
+        launch = Launch(grid, block, shared_bytes, self.shared_memory, ctypes.sizeof(arguments), self.seed)
+        failure = Failure()
+        with _running:
+            done = kernel.entry(launch, ctypes.addressof(arguments), failure)
+        if not done:
+            raise RuntimeError(failure.message.decode() + self._neighbour(failure.address))
+        for memory in list(self._memories.values()):
+            if not memory.is_kept():
+                raise RuntimeError(
+                    f"{kernel.name}: wrote outside the {memory.bytes} bytes of memory at {memory.pointer:#x}"
+                )
+
+    def synchronize(self) -> None:
+        """Nothing is asynchronous here."""
+
+    def _check(self, pointer: int, count_bytes: int) -> None:
+        for start, memory in list(self._memories.items()):
+            if start <= pointer and pointer + count_bytes <= start + memory.bytes:
+                return
+        raise RuntimeError(f"{count_bytes} bytes at {pointer:#x} are not in any memory of the device")
+
+    def _neighbour(self, address: int) -> str:
+        """What a faulting address lies beside."""
+        for memory in list(self._memories.values()):
+            page = mmap.PAGESIZE
+            if memory.pages.stop <= address < memory.pages.stop + page:
+                return (
+                    f", {address - memory.pointer - memory.bytes} bytes behind {memory.bytes} bytes of memory"
+                )
+            if memory.pages.start - page <= address < memory.pages.start:
+                return f", {memory.pointer - address} bytes before {memory.bytes} bytes of memory"
+        return ""
+
+
+def build(source: Path, defines: tuple[str, ...], sanitize: bool) -> Path:
+    """Compile a kernel file with these defines, unless the same sources and flags were before; return the library.
+
+    Many processes may build at once: each writes a name of its own and renames it when it is whole.
+    """
+    flags = [
+        *FLAGS,
+        *(["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else []),
+    ]
+    machine = _compiled(HERE / "machine.cpp", [*flags, "-c"], ".o")
+    return _compiled(source, [*flags, *defines, "-shared", "-x", "c++"], ".so", [str(machine)])
+
+
+def _compiled(source: Path, flags: list[str], suffix: str, objects: list[str] | None = None) -> Path:
+    digest = hashlib.sha256(repr((_compiler(), source.name, flags, objects)).encode())
+    for file in [source, *sorted(KERNELS.glob("*.cuh")), HERE / "machine.h", HERE / "emulator.h"]:
+        digest.update(file.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"fastunet-emulator-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    built = folder / f"{source.stem}-{digest.hexdigest()[:24]}{suffix}"
+    if not built.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            output = Path(temporary) / built.name
+            command = ["g++", *flags, str(source), "-x", "none", *(objects or []), "-o", str(output)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+            output.replace(built)
+    return built
+
+
+def _compiler() -> str:
+    """The compiler's version and what -march=native means here."""
+    version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    processor = Path("/proc/cpuinfo")
+    flags = [line for line in processor.read_text().splitlines() if line.startswith(("flags", "Features"))]
+    return version + platform.machine() + "".join(flags[:1])
