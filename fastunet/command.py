@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from fastunet.errors import DataError
 
 USER_MISTAKE = 2
 INTERRUPTED = 130
+READER_GONE = 141
 MOST_THREADS = 1024  # creating many more would take minutes
 
 ADVICE = {
@@ -87,7 +89,12 @@ def run(
     """
     arguments = parser.parse_args(argv)
     try:
-        return body(arguments) or 0
+        status = body(arguments) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
+        return READER_GONE
     except (DataError, ValueError, OSError, MemoryError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             advice = ADVICE.get(error.errno or 0, f"{error.strerror}; check the path, or name another")

@@ -3,6 +3,8 @@
 import errno
 import importlib
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -38,3 +40,17 @@ def test_what_the_system_refuses_is_told_with_what_to_do(capsys, number):
     told = capsys.readouterr().err
     assert told.startswith("fastunet test: error: some/file: ") and told.count("\n") == 1
     assert "; " in told
+
+
+def test_a_reader_that_goes_ends_a_command_in_silence():
+    """As in `fastunet info nuclei | head -1`."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "fastunet", "info", "nuclei"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == command.READER_GONE
