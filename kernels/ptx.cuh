@@ -17,6 +17,7 @@
       name(const __grid_constant__ Arguments arguments)
 
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")  // a loop whose iterations share registers
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));

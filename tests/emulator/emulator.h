@@ -22,6 +22,7 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 #define UNROLL
+#define ROLLED
 #define SHARED_MEMORY(name) unsigned char* const name = emulator::shared_memory()
 
 // The kernel is an ordinary function of its arguments, run once for each thread; the host calls emulate_<name>.
@@ -162,65 +163,22 @@ inline int __syncthreads_and(int predicate, emulator::Site site = CALLER) {
 
 namespace emulator {
 
-struct Shuffle {
-  const unsigned long long given;
-  const int source;
-  unsigned long long received;
-};
-
-inline void perform_shuffle(void* const (&operands)[32], unsigned mask, Site site) {
-  for (int lane = 0; lane < 32; ++lane) {
-    if (mask >> lane & 1u) {
-      Shuffle& shuffle = *static_cast<Shuffle*>(operands[lane]);
-      if (!(mask >> shuffle.source & 1u)) {
-        fail(site, "lane %d shuffles from lane %d, which takes no part in it", lane, shuffle.source);
-      }
-      shuffle.received = static_cast<const Shuffle*>(operands[shuffle.source])->given;
-    }
-  }
-}
-
 inline int this_lane() { return static_cast<int>(threadIdx.x % 32u); }
 
 template <typename T>
 inline T shuffled(const char* name, unsigned mask, T value, int source, Site site) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  unsigned long long given = 0;
-  std::memcpy(&given, &value, sizeof value);
-  Shuffle shuffle{given, source, 0};
-  collective({name, perform_shuffle}, mask, &shuffle, site);
-  T result;
-  std::memcpy(&result, &shuffle.received, sizeof result);
-  return result;
+  unsigned long long bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = shuffle(name, mask, bits, source, site);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
-
-struct Vote {
-  const bool given;
-  unsigned ballot;
-};
-
-inline void perform_vote(void* const (&operands)[32], unsigned mask, Site) {
-  unsigned ballot = 0;
-  for (int lane = 0; lane < 32; ++lane) {
-    if (mask >> lane & 1u && static_cast<const Vote*>(operands[lane])->given) ballot |= 1u << lane;
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    if (mask >> lane & 1u) static_cast<Vote*>(operands[lane])->ballot = ballot;
-  }
-}
-
-inline unsigned voted(const char* name, unsigned mask, bool predicate, Site site) {
-  Vote vote{predicate, 0};
-  collective({name, perform_vote}, mask, &vote, site);
-  return vote.ballot;
-}
-
-inline void perform_nothing(void* const (&)[32], unsigned, Site) {}
 
 }  // namespace emulator
 
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, emulator::Site site = CALLER) {
-  emulator::collective({"__syncwarp", emulator::perform_nothing}, mask, nullptr, site);
+  emulator::synchronize_warp(mask, site);
 }
 
 // A source beyond the `width` lanes around this one means this one, as on the device.
@@ -246,13 +204,13 @@ inline T __shfl_up_sync(unsigned mask, T value, int delta, int width = 32, emula
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, emulator::Site site = CALLER) {
-  return emulator::voted("__ballot_sync", mask, predicate != 0, site);
+  return emulator::vote("__ballot_sync", mask, predicate != 0, site);
 }
 inline int __any_sync(unsigned mask, int predicate, emulator::Site site = CALLER) {
-  return emulator::voted("__any_sync", mask, predicate != 0, site) != 0;
+  return emulator::vote("__any_sync", mask, predicate != 0, site) != 0;
 }
 inline int __all_sync(unsigned mask, int predicate, emulator::Site site = CALLER) {
-  return emulator::voted("__all_sync", mask, predicate == 0, site) == 0;
+  return emulator::vote("__all_sync", mask, predicate == 0, site) == 0;
 }
 
 // ---- kernels/ptx.cuh ------------------------------------------------------------------------------------------------
@@ -270,92 +228,22 @@ inline void cp_async_wait() {
   emulator::copy_wait(pending);
 }
 
-namespace emulator {
-
-struct MatrixLoad {
-  const unsigned shared;
-  unsigned (&matrix)[4];
-};
-
-template <bool transposed>
-inline void perform_matrix_load(void* const (&operands)[32], unsigned, Site site) {
-  for (int matrix = 0; matrix < 4; ++matrix) {
-    unsigned short elements[8][8];
-    for (int row = 0; row < 8; ++row) {
-      const int lane = 8 * matrix + row;
-      const unsigned shared = static_cast<const MatrixLoad*>(operands[lane])->shared;
-      std::memcpy(elements[row], shared_read(shared, 16, lane, "ldmatrix", site), 16);
-    }
-    for (int lane = 0; lane < 32; ++lane) {
-      const int i = lane / 4, j = 2 * (lane % 4);
-      const unsigned low = transposed ? elements[j][i] : elements[i][j];
-      const unsigned high = transposed ? elements[j + 1][i] : elements[i][j + 1];
-      static_cast<MatrixLoad*>(operands[lane])->matrix[matrix] = high << 16 | low;
-    }
-  }
-}
-
-struct MatrixProduct {
-  float (&d)[4];
-  const unsigned (&a)[4];
-  const unsigned b[2];
-};
-
-// Products of bfloat16 are exact in float32; only the order of the 16 sums is the emulator's own.
-inline void perform_matrix_product(void* const (&operands)[32], unsigned, Site) {
-  float a[16][16], b[16][8], d[16][8];
-  for (int lane = 0; lane < 32; ++lane) {
-    const MatrixProduct& operand = *static_cast<const MatrixProduct*>(operands[lane]);
-    const int i = lane / 4, j = 2 * (lane % 4);
-    for (int half = 0; half < 2; ++half) {
-      for (int pair = 0; pair < 2; ++pair) {
-        const auto element = [pair](unsigned packed) {
-          return __uint_as_float(pair == 0 ? packed << 16 : packed & 0xFFFF0000u);
-        };
-        a[i][8 * half + j + pair] = element(operand.a[2 * half]);
-        a[i + 8][8 * half + j + pair] = element(operand.a[2 * half + 1]);
-        b[8 * half + j + pair][i] = element(operand.b[half]);
-        d[i + 8 * half][j + pair] = operand.d[2 * half + pair];
-      }
-    }
-  }
-  for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < 16; ++k) {
-      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
-    }
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    const MatrixProduct& operand = *static_cast<const MatrixProduct*>(operands[lane]);
-    const int i = lane / 4, j = 2 * (lane % 4);
-    for (int half = 0; half < 2; ++half) {
-      for (int pair = 0; pair < 2; ++pair) operand.d[2 * half + pair] = d[i + 8 * half][j + pair];
-    }
-  }
-}
-
-inline unsigned rounded_bfloat16(float value) {
-  const unsigned bits = __float_as_uint(value);
-  if (value != value) return 0x7FFFu;
-  return (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-}
-
-}  // namespace emulator
-
 inline void ldmatrix_x4(unsigned (&matrix)[4], unsigned shared, emulator::Site site = CALLER) {
-  emulator::MatrixLoad load{shared, matrix};
-  emulator::collective({"ldmatrix_x4", emulator::perform_matrix_load<false>}, 0xFFFFFFFFu, &load, site);
+  emulator::load_matrices("ldmatrix_x4", matrix, shared, false, site);
 }
 inline void ldmatrix_x4_transposed(unsigned (&matrix)[4], unsigned shared, emulator::Site site = CALLER) {
-  emulator::MatrixLoad load{shared, matrix};
-  emulator::collective({"ldmatrix_x4_transposed", emulator::perform_matrix_load<true>}, 0xFFFFFFFFu, &load, site);
+  emulator::load_matrices("ldmatrix_x4_transposed", matrix, shared, true, site);
 }
 inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
                          emulator::Site site = CALLER) {
-  emulator::MatrixProduct product{d, a, {b0, b1}};
-  emulator::collective({"mma_m16n8k16", emulator::perform_matrix_product}, 0xFFFFFFFFu, &product, site);
+  emulator::multiply_matrices(d, a, b0, b1, site);
 }
 inline unsigned pack_bfloat16(float low, float high) {
-  return emulator::rounded_bfloat16(high) << 16 | emulator::rounded_bfloat16(low);
+  const auto rounded = [](float value) {
+    const unsigned bits = __float_as_uint(value);
+    return std::isnan(value) ? 0x7FFFu : (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  };
+  return rounded(high) << 16 | rounded(low);
 }
 
 #undef CALLER
