@@ -76,7 +76,7 @@ class UNet:
         self.seed = int(seed)
         self.device = backends.resolve_device(device)
         self.precision = backends.resolve_precision(precision, self.device)
-        self.backend = backends.load(self.device)
+        self.backend = backends.load(self.device, self.precision)
         self.normalization: Normalization = "zscore"
         self.class_names: list[str] | None = None
         self.training = True

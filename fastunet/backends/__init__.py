@@ -4,8 +4,13 @@
 `shape` of (N, H, W, C); parameters and their gradients are flat buffers packed as its kernels read them.
 """
 
+import functools
 import importlib
-from collections.abc import Sequence
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -118,26 +123,52 @@ class Backend(Protocol):
     ) -> None: ...
 
 
+_registered: dict[str, Callable[[str], Backend]] = {}
+
+
+def register(name: str, table: Callable[[str], Backend]) -> None:
+    """Make `name` a device, whose table for a precision is `table(precision)`."""
+    _registered[name] = table
+
+
 def resolve_device(device: str = "auto") -> str:
-    """Name the device that `device` means on this machine: "cpu".
+    """Name the device that `device` means on this machine: "cpu" or "cuda:N"; auto is the first GPU that can be used.
 
     Raises
     ------
     ValueError
-        If the device is unknown or this machine or version does not have it.
+        If the device is unknown, or what it needs is missing: one sentence says what was found and what to install.
     """
-    if device in ("auto", "cpu"):
+    if device == "auto":
+        return _automatic_device()
+    if device == "cpu" or device in _registered:
+        return device
+    if device != "cuda" and not (device.startswith("cuda:") and device[5:].isdecimal()):
+        raise ValueError(f"device {device!r} is unknown; expected auto, cpu, cuda or cuda:N")
+    found = f"cuda:{int(device[5:] or 0)}"
+    try:
+        importlib.import_module("fastunet.backends.cuda").check(found)
+    except ValueError as error:
+        raise ValueError(f"device {device!r} was asked for, but {error}") from None
+    return found
+
+
+@functools.cache
+def _automatic_device() -> str:
+    """The first GPU; or the CPU, which is said where a GPU is left idle by it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or not (Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi")):
         return "cpu"
-    if device == "cuda" or (device.startswith("cuda:") and device[5:].isdigit()):
-        raise ValueError(
-            f"device {device!r} was asked for, but this version of fastunet computes on the CPU only; "
-            "use --device cpu or auto"
-        )
-    raise ValueError(f"device {device!r} is unknown; expected auto, cpu, cuda or cuda:N")
+    try:
+        importlib.import_module("fastunet.backends.cuda").check("cuda:0")
+    except ValueError as error:
+        print(f"fastunet: this machine's GPU is not used, but the CPU: {error}", file=sys.stderr)
+        return "cpu"
+    return "cuda:0"
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """Name the precision that "auto", "fp32" or "bf16" means on a resolved device.
+    """Name the precision that "auto", "fp32" or "bf16" means on a resolved device; auto is bf16 but on the CPU.
 
     Raises
     ------
@@ -150,12 +181,19 @@ def resolve_precision(precision: str, device: str) -> str:
         raise ValueError(
             "precision 'bf16' was asked for, but the CPU computes in fp32; use --precision fp32 or auto"
         )
-    return "fp32" if device == "cpu" else precision
+    if precision == "auto":
+        return "fp32" if device == "cpu" else "bf16"
+    return precision
 
 
-def load(device: str) -> Backend:
+def load(device: str, precision: str = "auto") -> Backend:
     """Return the table of kernels of a resolved device."""
-    return importlib.import_module(f"fastunet.backends.{device.partition(':')[0]}").backend
+    precision = resolve_precision(precision, device)
+    if device in _registered:
+        return _registered[device](precision)
+    if device == "cpu":
+        return importlib.import_module("fastunet.backends.cpu").backend
+    return importlib.import_module("fastunet.backends.cuda").backend(device, precision)
 
 
 def set_threads(count: int) -> None:
