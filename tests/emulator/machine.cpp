@@ -1,7 +1,10 @@
 // One multiprocessor, emulated: the threads of a block are fibers of one operating-system thread, each run until it
-// waits; a block that no fiber can continue is a deadlock and says who waits where.
+// waits; a block that no fiber can continue is a deadlock and says who waits where. Kernels are built with the
+// instrumentation of the thread and undefined-behaviour sanitizers, whose calls end here: they say which bytes of shared
+// memory a thread touches in plain C++, so that races are found whatever the order in which the threads ran.
 #include "machine.h"
 
+#include <dlfcn.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -107,8 +110,8 @@ void switch_fiber(Fiber& from, Fiber& to) {
 // ---- The block and its threads --------------------------------------------------------------------------------------
 
 struct Copy {
-  unsigned shared;
-  const void* global;  // nullptr: zeros
+  std::ptrdiff_t offset;  // in shared memory
+  const void* global;     // nullptr: zeros
   int group;
 };
 
@@ -122,9 +125,10 @@ struct Thread {
   int groups;                // committed
 };
 
-// A lane is running, or in exactly one of these.
+// A lane is running, or in exactly one of the masks.
 struct Warp {
   unsigned ready, waiting, at_barrier, exited;
+  std::uint16_t synchronized;  // __syncwarp so far, which orders the lanes' touches of memory
 };
 
 struct Machine {
@@ -140,7 +144,8 @@ struct Machine {
   Site barrier_site;
   int arrived, agreed, agreed_last;
 
-  unsigned char* shared;
+  unsigned char *shared_begin, *shared, *shared_end, *shared_pages_end;  // the block's memory within its pages
+  std::uint32_t interval, first_interval;             // between two barriers; the block's first
   const Kernel* kernel;
   const Launch* launch;
   const void* arguments;
@@ -179,10 +184,20 @@ void resume_host() {
   switch_fiber(from, machine.host);
 }
 
+bool same(Site one, Site other) { return one.line == other.line && one.file == other.file; }
+
 std::string place(Site site) {
   const char* slash = std::strrchr(site.file, '/');
   return std::string(slash == nullptr ? site.file : slash + 1) + ":" + std::to_string(site.line);
 }
+
+std::string block_name() {
+  char text[160];
+  std::snprintf(text, sizeof text, "%s, block (%u, %u, %u)", machine.kernel->name, blockIdx.x, blockIdx.y, blockIdx.z);
+  return text;
+}
+
+std::string thread_name() { return block_name() + ", thread " + std::to_string(machine.current) + ": "; }
 
 [[noreturn]] void end_launch(const std::string& message) {
   machine.failed = true;
@@ -191,17 +206,19 @@ std::string place(Site site) {
   std::abort();  // a fiber left so is never entered again
 }
 
-std::string where() {
-  char text[160];
-  std::snprintf(text, sizeof text, "%s, block (%u, %u, %u), thread %d: ", machine.kernel->name, blockIdx.x, blockIdx.y,
-                blockIdx.z, machine.current);
-  return text;
+// At an instruction of the kernel: device.py finds its line.
+[[noreturn]] void end_launch_at(const void* instruction, const std::string& message) {
+  Dl_info library;
+  if (dladdr(instruction, &library) != 0) {
+    machine.failure->instruction =
+        static_cast<unsigned long long>(static_cast<const char*>(instruction) - static_cast<const char*>(library.dli_fbase));
+  }
+  end_launch(thread_name() + message);
 }
 
 // Who waits where, threads of one state together.
 [[noreturn]] void deadlock() {
-  std::string message = std::string(machine.kernel->name) + ", block (" + std::to_string(blockIdx.x) + ", " +
-                        std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) + "): deadlock";
+  std::string message = block_name() + ": deadlock";
   const auto state = [](int index) {
     const Warp& warp = machine.warps[index / 32];
     const unsigned bit = 1u << index % 32;
@@ -247,6 +264,7 @@ void run_another() {
     if (all_exited) return resume_host();
     machine.agreed_last = machine.agreed;
     machine.arrived = machine.agreed = machine.turn = 0;
+    ++machine.interval;
     shuffle(machine.order, machine.warp_count);
   }
 }
@@ -267,7 +285,7 @@ void run_block() {
   std::memset(machine.shared, poison, static_cast<std::size_t>(launch.shared_bytes));
   machine.warp_count = (launch.block + 31) / 32;
   for (int i = 0; i < machine.warp_count; ++i) {
-    machine.warps[i] = {lanes_of_warp(i), 0, 0, 0};
+    machine.warps[i] = {lanes_of_warp(i), 0, 0, 0, 0};
     machine.order[i] = i;
   }
   shuffle(machine.order, machine.warp_count);
@@ -281,6 +299,7 @@ void run_block() {
     begin_at(thread.fiber, thread_main);
   }
   machine.turn = machine.arrived = machine.agreed = 0;
+  machine.first_interval = ++machine.interval;
   machine.current = -1;
   run_another();
 }
@@ -312,8 +331,11 @@ void on_fault(int signal, siginfo_t* information, void* context) {
     return;
   }
   const char* access = "access to";
+  const void* instruction = nullptr;
 #ifdef __x86_64__
-  access = static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_ERR] & 2 ? "write to" : "read of";
+  const greg_t* registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
+  access = registers[REG_ERR] & 2 ? "write to" : "read of";
+  instruction = reinterpret_cast<const void*>(registers[REG_RIP]);
 #else
   (void)context;
 #endif
@@ -329,7 +351,7 @@ void on_fault(int signal, siginfo_t* information, void* context) {
     machine.failure->address = address;
     std::snprintf(text, sizeof text, "invalid %s memory at 0x%llx", access, static_cast<unsigned long long>(address));
   }
-  end_launch(where() + text);
+  end_launch_at(instruction, text);
 }
 
 // Faults are caught on a stack of their own while a kernel runs, and Python's handlers come back after it.
@@ -356,6 +378,77 @@ class FaultHandler {
   stack_t old_stack_{};
   struct sigaction old_[count]{};
 };
+
+// ---- Touches of shared memory ---------------------------------------------------------------------------------------
+
+// Who touched a pair of bytes last, and when. Two touches by different threads, one of them a write, are a race unless
+// a barrier lies between them or, within a warp, a __syncwarp. (Single bytes are not followed.)
+struct Touch {
+  std::uint32_t interval;
+  std::uint16_t synchronized;
+  std::uint16_t by;  // a thread, or one of these
+};
+constexpr std::uint16_t lanes_of = 1024, several_warps = 2047, in_flight = 2048;  // + warp; ; + thread
+
+constexpr int most_shared_bytes = 228 << 10;
+Touch writers[most_shared_bytes / 2], readers[most_shared_bytes / 2];
+
+int warp_of(std::uint16_t by) { return by < lanes_of ? by / 32 : by - lanes_of; }
+
+bool in_order(const Touch& earlier, const Touch& now) {
+  return earlier.interval != now.interval || earlier.by == now.by ||
+         (warp_of(earlier.by) == warp_of(now.by) && earlier.synchronized != now.synchronized);
+}
+
+std::string who(std::uint16_t by) {
+  if (by < lanes_of) return "thread " + std::to_string(by);
+  return by == several_warps ? "several warps" : "lanes of warp " + std::to_string(by - lanes_of);
+}
+
+Touch touch_of(int thread) {
+  return {machine.interval, machine.warps[thread / 32].synchronized, static_cast<std::uint16_t>(thread)};
+}
+
+// Records a touch of shared memory; returns what is wrong with it, or nothing.
+template <bool write>
+std::string touch(std::ptrdiff_t offset, std::ptrdiff_t bytes, int thread) {
+  const auto describe = [&](std::ptrdiff_t pair, const char* text, const Touch& other) {
+    return (write ? "writes byte " : "reads byte ") + std::to_string(2 * pair) + " of shared memory, which " + text +
+           who(other.by % in_flight);
+  };
+  if (offset < 0 || offset + bytes > machine.shared_end - machine.shared) {
+    return (write ? "writes byte " : "reads byte ") + std::to_string(offset) + " of " +
+           std::to_string(machine.shared_end - machine.shared) + " bytes of shared memory";
+  }
+  if (bytes == 1) return {};
+  const Touch now = touch_of(thread);
+  for (std::ptrdiff_t pair = offset / 2; pair <= (offset + bytes - 1) / 2; ++pair) {
+    Touch &writer = writers[pair], &reader = readers[pair];
+    if (writer.by >= in_flight && writer.interval >= machine.first_interval) {
+      return describe(pair, "has not been waited for since cp_async_16 by ", writer);
+    }
+    if (!in_order(writer, now)) return describe(pair, "without a barrier was written by ", writer);
+    if (write) {
+      if (!in_order(reader, now)) return describe(pair, "without a barrier was read by ", reader);
+      writer = now;
+    } else if (in_order(reader, now)) {
+      reader = now;
+    } else {
+      reader.by = warp_of(reader.by) == warp_of(now.by) ? static_cast<std::uint16_t>(lanes_of + warp_of(now.by))
+                                                        : several_warps;
+    }
+  }
+  return {};
+}
+
+// A plain load or store of a kernel.
+template <bool write>
+void touch_anywhere(const void* pointer, std::ptrdiff_t bytes, const void* instruction) {
+  const unsigned char* const first = static_cast<const unsigned char*>(pointer);
+  if (first < machine.shared_begin || first >= machine.shared_pages_end) return;
+  const std::string wrong = touch<write>(first - machine.shared, bytes, machine.current);
+  if (!wrong.empty()) end_launch_at(instruction, wrong);
+}
 
 void check(const Kernel& kernel, const Launch& launch) {
   const auto refuse = [&](const char* format, auto... values) {
@@ -388,13 +481,12 @@ void fail(Site site, const char* format, ...) {
   va_start(values, format);
   std::vsnprintf(text, sizeof text, format, values);
   va_end(values);
-  end_launch(where() + text + " (" + place(site) + ")");
+  end_launch(thread_name() + text + " (" + place(site) + ")");
 }
 
 bool launch(const Kernel& kernel, const Launch& launch, const void* arguments, Failure* failure) try {
   *failure = {};
   check(kernel, launch);
-  static std::vector<Pages*> stacks;
   for (int i = 0; i < launch.block; ++i) {
     if (machine.threads[i].fiber.stack == nullptr) {
       const Pages* pages = new Pages(stack_bytes);  // kept for the next launch
@@ -404,7 +496,10 @@ bool launch(const Kernel& kernel, const Launch& launch, const void* arguments, F
   const std::size_t rounded = (static_cast<std::size_t>(launch.shared_bytes) + 1023) / 1024 * 1024;
   const Pages pages(std::max<std::size_t>(rounded, 1));
   std::memset(pages.begin, poison, pages.bytes);
+  machine.shared_begin = pages.begin;
   machine.shared = pages.begin + pages.bytes - rounded;
+  machine.shared_end = machine.shared + launch.shared_bytes;
+  machine.shared_pages_end = pages.begin + pages.bytes;
   machine.kernel = &kernel;
   machine.launch = &launch;
   machine.arguments = arguments;
@@ -425,10 +520,8 @@ bool launch(const Kernel& kernel, const Launch& launch, const void* arguments, F
     if (machine.failed) return false;
     const auto untouched = [](unsigned char byte) { return byte == poison; };
     if (!std::all_of(pages.begin, machine.shared, untouched) ||
-        !std::all_of(machine.shared + launch.shared_bytes, machine.shared + rounded, untouched)) {
-      throw std::string(kernel.name) + ", block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) +
-          ", " + std::to_string(blockIdx.z) + "): wrote outside its " + std::to_string(launch.shared_bytes) +
-          " bytes of shared memory";
+        !std::all_of(machine.shared_end, pages.begin + pages.bytes, untouched)) {
+      throw block_name() + ": wrote outside its " + std::to_string(launch.shared_bytes) + " bytes of shared memory";
     }
   }
   return true;
@@ -444,7 +537,7 @@ int barrier(const char* name, bool predicate, Site site) {
   if (machine.arrived == 0) {
     machine.barrier_name = name;
     machine.barrier_site = site;
-  } else if (site.line != machine.barrier_site.line || std::strcmp(site.file, machine.barrier_site.file) != 0) {
+  } else if (!same(site, machine.barrier_site)) {
     fail(site, "divergent barrier: comes to %s here while others wait in %s (%s)", name, machine.barrier_name,
          place(machine.barrier_site).c_str());
   }
@@ -464,7 +557,7 @@ void collective(const Operation& operation, unsigned mask, void* operand, Site s
   const unsigned others = warp.waiting & mask;
   if (others != 0) {
     const Thread& other = lanes[__builtin_ctz(others)];
-    if (other.operation->perform != operation.perform || other.mask != mask || other.site.line != site.line) {
+    if (other.operation->name != operation.name || other.mask != mask || !same(other.site, site)) {
       fail(site, "diverged warp: lane %d comes to %s with mask 0x%08x here while lane %d waits in %s with 0x%08x (%s)",
            lane, operation.name, mask, __builtin_ctz(others), other.operation->name, other.mask,
            place(other.site).c_str());
@@ -488,39 +581,47 @@ void collective(const Operation& operation, unsigned mask, void* operand, Site s
   run_another();
 }
 
+void synchronize_warp(unsigned mask, Site site) {
+  const auto perform = [](void* const (&)[32], unsigned, Site) { ++machine.warps[machine.current / 32].synchronized; };
+  collective({"__syncwarp", perform}, mask, nullptr, site);
+}
+
 // ---- Shared memory --------------------------------------------------------------------------------------------------
 
 unsigned char* shared_memory() { return machine.shared; }
 
 unsigned shared_address(const void* pointer, Site site) {
-  const std::ptrdiff_t offset = static_cast<const unsigned char*>(pointer) - machine.shared;
-  if (offset < 0 || offset > machine.launch->shared_bytes) fail(site, "shared_address of what is not in shared memory");
-  return window + static_cast<unsigned>(offset);
+  const unsigned char* const byte = static_cast<const unsigned char*>(pointer);
+  if (byte < machine.shared_begin || byte > machine.shared_pages_end) {
+    fail(site, "shared_address of what is not in shared memory");
+  }
+  return window + static_cast<unsigned>(byte - machine.shared);
 }
 
 const unsigned char* shared_read(unsigned shared, int bytes, int lane, const char* name, Site site) {
-  const long long offset = static_cast<long long>(shared) - window;
-  if (offset < 0 || offset + bytes > machine.launch->shared_bytes) {
-    fail(site, "%s of lane %d touches bytes %lld to %lld of a block's %d bytes of shared memory", name, lane, offset,
-         offset + bytes - 1, machine.launch->shared_bytes);
+  const std::ptrdiff_t offset = static_cast<std::ptrdiff_t>(shared) - window;
+  if (offset % bytes != 0) {
+    fail(site, "%s of lane %d: byte %td of shared memory is not aligned to %d", name, lane, offset, bytes);
   }
-  if (offset % bytes != 0)
-    fail(site, "%s of lane %d: shared address %lld is not aligned to %d", name, lane, offset, bytes);
+  const std::string wrong = touch<false>(offset, bytes, machine.current / 32 * 32 + lane);
+  if (!wrong.empty()) fail(site, "%s of lane %d %s", name, lane, wrong.c_str());
   return machine.shared + offset;
 }
 
 // Until a copy lands its place holds poison; what comes to it is read when it lands.
 void copy_16(unsigned shared, const void* global, bool valid, Site site) {
-  Thread& thread = machine.threads[machine.current];
-  shared_read(shared, 16, machine.current % 32, "cp_async_16", site);
-  if (valid) {
-    if (reinterpret_cast<std::uintptr_t>(global) % 16 != 0) {
-      fail(site, "cp_async_16: global address %p is not aligned to 16", global);
-    }
-    (void)*static_cast<const volatile unsigned char*>(global);  // an invalid address faults here, not at the wait
+  const std::ptrdiff_t offset = static_cast<std::ptrdiff_t>(shared) - window;
+  if (offset % 16 != 0) fail(site, "cp_async_16: byte %td of shared memory is not aligned to 16", offset);
+  const std::string wrong = touch<true>(offset, 16, machine.current);
+  if (!wrong.empty()) fail(site, "cp_async_16 %s", wrong.c_str());
+  if (valid && reinterpret_cast<std::uintptr_t>(global) % 16 != 0) {
+    fail(site, "cp_async_16: global address %p is not aligned to 16", global);
   }
-  std::memset(machine.shared + (shared - window), poison, 16);
-  thread.copies.push_back({shared - window, valid ? global : nullptr, thread.groups});
+  if (valid) (void)*static_cast<const volatile unsigned char*>(global);  // it faults here or nowhere
+  std::memset(machine.shared + offset, poison, 16);
+  for (std::ptrdiff_t pair = offset / 2; pair < offset / 2 + 8; ++pair) writers[pair].by |= in_flight;
+  Thread& thread = machine.threads[machine.current];
+  thread.copies.push_back({offset, valid ? global : nullptr, thread.groups});
 }
 
 void copy_commit() { ++machine.threads[machine.current].groups; }
@@ -530,12 +631,57 @@ void copy_wait(int pending) {
   auto copy = thread.copies.begin();
   for (; copy != thread.copies.end() && copy->group < thread.groups - pending; ++copy) {
     if (copy->global != nullptr) {
-      std::memcpy(machine.shared + copy->shared, copy->global, 16);
+      std::memcpy(machine.shared + copy->offset, copy->global, 16);
     } else {
-      std::memset(machine.shared + copy->shared, 0, 16);
+      std::memset(machine.shared + copy->offset, 0, 16);
     }
+    std::fill_n(writers + copy->offset / 2, 8, touch_of(machine.current));
   }
   thread.copies.erase(thread.copies.begin(), copy);
 }
 
 }  // namespace emulator
+
+// ---- What the compiler's instrumentation calls ----------------------------------------------------------------------
+
+#define CALLER (static_cast<const char*>(__builtin_return_address(0)) - 1)
+#define TOUCH(bytes)                                                                                         \
+  void __tsan_read##bytes(void* pointer) { emulator::touch_anywhere<false>(pointer, bytes, CALLER); }        \
+  void __tsan_write##bytes(void* pointer) { emulator::touch_anywhere<true>(pointer, bytes, CALLER); }        \
+  void __tsan_unaligned_read##bytes(void* pointer) { emulator::touch_anywhere<false>(pointer, bytes, CALLER); } \
+  void __tsan_unaligned_write##bytes(void* pointer) { emulator::touch_anywhere<true>(pointer, bytes, CALLER); }
+
+#define UNDEFINED(name, text) \
+  void __ubsan_handle_##name() { emulator::end_launch_at(CALLER, text); }
+
+extern "C" {
+void __tsan_init() {}
+TOUCH(1)
+TOUCH(2)
+TOUCH(4)
+TOUCH(8)
+TOUCH(16)
+void __tsan_read_range(void* pointer, std::size_t bytes) {
+  emulator::touch_anywhere<false>(pointer, static_cast<std::ptrdiff_t>(bytes), CALLER);
+}
+void __tsan_write_range(void* pointer, std::size_t bytes) {
+  emulator::touch_anywhere<true>(pointer, static_cast<std::ptrdiff_t>(bytes), CALLER);
+}
+
+void __ubsan_handle_type_mismatch_v1(void*, void* pointer) {
+  emulator::end_launch_at(CALLER, pointer == nullptr ? "null pointer" : "misaligned access");
+}
+UNDEFINED(add_overflow, "signed overflow of +")
+UNDEFINED(sub_overflow, "signed overflow of -")
+UNDEFINED(mul_overflow, "signed overflow of *")
+UNDEFINED(negate_overflow, "signed overflow of -")
+UNDEFINED(divrem_overflow, "integer division by zero, or overflow")
+UNDEFINED(shift_out_of_bounds, "shift by less than 0 or more than the bits there are, or overflow of it")
+UNDEFINED(out_of_bounds, "index outside its array")
+UNDEFINED(pointer_overflow, "pointer arithmetic overflows")
+UNDEFINED(load_invalid_value, "a bool or enumerator of no valid value")
+UNDEFINED(builtin_unreachable, "reached what was said to be unreachable")
+UNDEFINED(missing_return, "end of a function that returns a value")
+UNDEFINED(invalid_builtin, "__clz or the like of 0")
+UNDEFINED(nonnull_arg, "null pointer")
+}

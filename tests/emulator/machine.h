@@ -1,5 +1,6 @@
-// What a kernel's threads ask of the emulated multiprocessor (machine.cpp): to wait for one another, to reach shared
-// memory by its window address, to copy asynchronously, and to fail in words. emulator.h says CUDA in these terms.
+// What a kernel's threads ask of the emulated multiprocessor: to wait for one another, to exchange values within a warp,
+// to reach shared memory by its window address, to copy asynchronously. emulator.h says CUDA in these terms; machine.cpp
+// and warp.cpp do it.
 #pragma once
 
 namespace emulator {
@@ -27,9 +28,10 @@ struct Launch {
   unsigned seed;
 };
 
-// Mirrored by `Failure` in device.py. `address` is where memory was touched that is nobody's, else 0.
+// Mirrored by `Failure` in device.py: the memory that was touched and is nobody's, and the instruction that did what
+// is not allowed, counted from its library's beginning; 0 where there is none.
 struct Failure {
-  unsigned long long address;
+  unsigned long long address, instruction;
   char message[2000];
 };
 
@@ -49,10 +51,17 @@ struct Operation {
 };
 void collective(const Operation& operation, unsigned mask, void* operand, Site site);
 
+// The collectives of warp.cpp, as emulator.h and kernels/ptx.cuh name them.
+void synchronize_warp(unsigned mask, Site site);
+unsigned long long shuffle(const char* name, unsigned mask, unsigned long long value, int source, Site site);
+unsigned vote(const char* name, unsigned mask, bool predicate, Site site);
+void load_matrices(const char* name, unsigned (&matrix)[4], unsigned shared, bool transposed, Site site);
+void multiply_matrices(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Site site);
+
 // The block's dynamic shared memory, and its window: addresses from 1024 on, so that 0 is none.
 unsigned char* shared_memory();
 unsigned shared_address(const void* pointer, Site site);
-// The memory behind `bytes` aligned bytes of the window that `lane` of this warp reads.
+// Where `bytes` aligned bytes of the window are that `lane` of the running warp reads.
 const unsigned char* shared_read(unsigned shared, int bytes, int lane, const char* name, Site site);
 
 void copy_16(unsigned shared, const void* global, bool valid, Site site);
