@@ -1,4 +1,4 @@
-"""What the table of kernels (table.py) works on, in device memory: channels-last tensors, flat buffers of parameters."""
+"""What the kernels work on, in device memory: channels-last tensors, and flat buffers of parameters."""
 
 import math
 from dataclasses import dataclass
