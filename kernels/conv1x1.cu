@@ -39,7 +39,7 @@ KERNEL(conv1x1_forward, Conv1x1ForwardArguments, 128, 4) {
       for (int p = 0; p < kPixels; ++p) {
         const long long pixel = pixel_of(first, p);
         const float sum = product(x[p], weight) + arguments.bias[k];
-        if (k % kLanes == threadIdx.x % kLanes && pixel < arguments.pixels) {
+        if (first_channel(0) == k % kLanes * 8 && pixel < arguments.pixels) {
           arguments.y[pixel * arguments.outputs + k] = sum;
         }
       }
