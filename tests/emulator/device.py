@@ -20,6 +20,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "kernels"
 POISON = 0xFF
+MAP_FIXED = 0x10  # which mmap does not name
 SHARED_KIBIBYTES = {
     "sm_80": 163,
     "sm_86": 99,
@@ -67,10 +68,33 @@ class Failure(ctypes.Structure):
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
+
+def _map(place: int | None, count_bytes: int, flags: int) -> int:
+    """Return pages that nothing may touch."""
+    start = _libc.mmap(place, count_bytes, 0, flags, -1, 0)
+    if start is None or start == ctypes.c_void_p(-1).value:
+        raise MemoryError(f"{count_bytes} bytes of emulated device memory cannot be had")
+    return start
+
+
 _running = threading.Lock()  # the emulated machine is one, and so are a process's signal handlers
+
+
+SANITIZE = "FASTUNET_EMULATOR_SANITIZE" in os.environ
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """The environment of a process in which kernels run under AddressSanitizer."""
+    library = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    return {
+        "FASTUNET_EMULATOR_SANITIZE": "1",
+        "LD_PRELOAD": library.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
 
 
 class Memory:
@@ -81,14 +105,14 @@ class Memory:
         self.bytes = count_bytes
         padded = max(math.ceil(count_bytes / 16) * 16, 16)
         inner = math.ceil(padded / page) * page
-        start = _libc.mmap(None, inner + 2 * page, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-        if start is None or start == ctypes.c_void_p(-1).value:
-            raise MemoryError(f"{count_bytes} bytes of emulated device memory cannot be had")
+        start = _map(None, inner + 2 * page, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         _libc.mprotect(start + page, inner, mmap.PROT_READ | mmap.PROT_WRITE)
         ctypes.memset(start + page, POISON, inner)
         self.pages = range(start + page, start + page + inner)
         self.pointer = self.pages.stop - padded
-        weakref.finalize(self, _libc.munmap, start, inner + 2 * page)
+        # Its addresses are never given out again, so that whoever still uses them faults.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
+        weakref.finalize(self, _map, start + page, inner, flags).atexit = False
 
     def is_kept(self) -> bool:
         """Whether nothing was written to the pages beside the memory itself."""
@@ -104,6 +128,7 @@ class Kernel:
 
     name: str
     entry: Any
+    library: Path
 
 
 class EmulatorDevice:
@@ -122,7 +147,7 @@ class EmulatorDevice:
     """
 
     def __init__(
-        self, architecture: str = "sm_80", kernels: Path = KERNELS, sanitize: bool = False, seed: int = 0
+        self, architecture: str = "sm_80", kernels: Path = KERNELS, sanitize: bool = SANITIZE, seed: int = 0
     ) -> None:
         self.name = "emulator"
         self.architecture = architecture
@@ -157,11 +182,11 @@ class EmulatorDevice:
     def kernel(self, file: str, name: str, defines: tuple[str, ...] = ()) -> Kernel:
         key = (file, name, defines)
         if key not in self._built:
-            library = ctypes.CDLL(str(build(self.kernels / file, defines, self.sanitize)))
-            entry = getattr(library, f"emulate_{name}")
+            library = build(self.kernels / file, defines, self.sanitize)
+            entry = getattr(ctypes.CDLL(str(library)), f"emulate_{name}")
             entry.restype = ctypes.c_bool
             entry.argtypes = [ctypes.POINTER(Launch), ctypes.c_void_p, ctypes.POINTER(Failure)]
-            self._built[key] = Kernel(name, entry)
+            self._built[key] = Kernel(name, entry, library)
         return self._built[key]
 
     def launch(
@@ -177,7 +202,8 @@ class EmulatorDevice:
         with _running:
             done = kernel.entry(launch, ctypes.addressof(arguments), failure)
         if not done:
-            raise RuntimeError(failure.message.decode() + self._neighbour(failure.address))
+            message = failure.message.decode() + self._neighbour(failure.address)
+            raise RuntimeError(message + _line(kernel.library, failure.instruction))
         for memory in list(self._memories.values()):
             if not memory.is_kept():
                 raise RuntimeError(
@@ -206,6 +232,15 @@ class EmulatorDevice:
         return ""
 
 
+def _line(library: Path, instruction: int) -> str:
+    """Where in the kernel's source an instruction of its library comes from."""
+    if instruction == 0:
+        return ""
+    command = ["addr2line", "-i", "-e", str(library), hex(instruction)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return f" ({', from '.join(line.rpartition('/')[2] for line in lines)})"
+
+
 def build(source: Path, defines: tuple[str, ...], sanitize: bool) -> Path:
     """Compile a kernel file with these defines, unless the same sources and flags were before; return the library.
 
@@ -213,7 +248,8 @@ def build(source: Path, defines: tuple[str, ...], sanitize: bool) -> Path:
     """
     address = ("-fsanitize=address",) if sanitize else ()
     objects = [
-        _compiled((HERE / name,), (*FLAGS, "-O3", *address, "-c"), ".o") for name in ("machine.cpp", "warp.cpp")
+        _compiled((HERE / name,), (*FLAGS, "-O3", *address, "-c"), ".o")
+        for name in ("machine.cpp", "warp.cpp")
     ]
     flags = (*FLAGS, "-O2", "-DFASTUNET_EMULATOR", *defines, *CHECKS[sanitize], "-c", "-x", "c++")
     kernels = _compiled((source,), flags, ".o")

@@ -38,8 +38,7 @@
   static void name(const Arguments& arguments)
 
 // Where a call stands in the kernel's source: the last, never written, parameter of what waits or can fail.
-#define CALLER \
-  emulator::Site { __builtin_FILE(), __builtin_LINE() }
+#define CALLER emulator::at(__builtin_FILE(), __builtin_LINE())
 
 struct uint3 {
   unsigned x, y, z;
@@ -132,20 +131,23 @@ inline void __stcs(T* place, T value) {
   *place = value;
 }
 
-// Of integers only: their sums do not depend on the order, those of floats do.
-template <typename T>
-inline T atomicAdd(T* place, T value) {
+// Of integers only: their sums do not depend on the order, those of floats do. Atomics do not race, whence the
+// attribute.
+#define ATOMIC          \
+  template <typename T> \
+  __attribute__((noinline, no_sanitize("thread")))
+ATOMIC T atomicAdd(T* place, T value) {
   static_assert(T(1) / T(2) == T(0), "a sum of floats by atomics changes from run to run");
   const T before = *place;
   *place += value;
   return before;
 }
-template <typename T>
-inline T atomicMax(T* place, T value) {
+ATOMIC T atomicMax(T* place, T value) {
   const T before = *place;
   *place = before < value ? value : before;
   return before;
 }
+#undef ATOMIC
 inline void __threadfence() {}
 
 // ---- Barriers, shuffles and votes -----------------------------------------------------------------------------------

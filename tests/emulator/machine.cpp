@@ -1,7 +1,7 @@
 // One multiprocessor, emulated: the threads of a block are fibers of one operating-system thread, each run until it
 // waits; a block that no fiber can continue is a deadlock and says who waits where. Kernels are built with the
-// instrumentation of the thread and undefined-behaviour sanitizers, whose calls end here: they say which bytes of shared
-// memory a thread touches in plain C++, so that races are found whatever the order in which the threads ran.
+// instrumentation of the thread and undefined-behaviour sanitizers, whose calls end here: they say which bytes of
+// shared memory a thread touches in plain C++, so that races are found whatever the order in which the threads ran.
 #include "machine.h"
 
 #include <dlfcn.h>
@@ -145,12 +145,11 @@ struct Machine {
   int arrived, agreed, agreed_last;
 
   unsigned char *shared_begin, *shared, *shared_end, *shared_pages_end;  // the block's memory within its pages
-  std::uint32_t interval, first_interval;             // between two barriers; the block's first
+  std::uint32_t interval, first_interval;                                // between two barriers; the block's first
   const Kernel* kernel;
   const Launch* launch;
   const void* arguments;
   Failure* failure;
-  bool failed;
   std::uint64_t random;
 } machine;
 
@@ -200,7 +199,6 @@ std::string block_name() {
 std::string thread_name() { return block_name() + ", thread " + std::to_string(machine.current) + ": "; }
 
 [[noreturn]] void end_launch(const std::string& message) {
-  machine.failed = true;
   std::snprintf(machine.failure->message, sizeof machine.failure->message, "%s", message.c_str());
   resume_host();
   std::abort();  // a fiber left so is never entered again
@@ -210,8 +208,8 @@ std::string thread_name() { return block_name() + ", thread " + std::to_string(m
 [[noreturn]] void end_launch_at(const void* instruction, const std::string& message) {
   Dl_info library;
   if (dladdr(instruction, &library) != 0) {
-    machine.failure->instruction =
-        static_cast<unsigned long long>(static_cast<const char*>(instruction) - static_cast<const char*>(library.dli_fbase));
+    machine.failure->instruction = static_cast<unsigned long long>(static_cast<const char*>(instruction) -
+                                                                   static_cast<const char*>(library.dli_fbase));
   }
   end_launch(thread_name() + message);
 }
@@ -253,10 +251,11 @@ void run_another() {
         return resume(32 * machine.order[machine.turn] + lane);
       }
     }
+    const auto waits = [](const Warp& warp) { return warp.waiting != 0; };
+    if (std::any_of(machine.warps, machine.warps + machine.warp_count, waits)) deadlock();
     bool all_exited = true;
     for (int i = 0; i < machine.warp_count; ++i) {
       Warp& warp = machine.warps[i];
-      if (warp.waiting != 0) deadlock();
       if (warp.at_barrier != 0) all_exited = false;
       warp.ready = warp.at_barrier;
       warp.at_barrier = 0;
@@ -308,7 +307,7 @@ void run_block() {
 
 std::size_t page_bytes() { return static_cast<std::size_t>(sysconf(_SC_PAGESIZE)); }
 
-// `bytes` of pages, with a page on each side that faults when touched.
+// `bytes` of pages, kept for good, with a page on each side that faults when touched.
 struct Pages {
   unsigned char* begin;
   std::size_t bytes;
@@ -316,12 +315,13 @@ struct Pages {
     const std::size_t page = page_bytes();
     bytes = (wanted + page - 1) / page * page;
     void* mapped = mmap(nullptr, bytes + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    if (mapped == MAP_FAILED) {
+      std::perror("the emulator's memory");
+      std::abort();
+    }
     begin = static_cast<unsigned char*>(mapped) + page;
     mprotect(begin, bytes, PROT_READ | PROT_WRITE);
   }
-  ~Pages() { munmap(begin - page_bytes(), bytes + 2 * page_bytes()); }
-  Pages(const Pages&) = delete;
 };
 
 // A touch of no one's memory ends the launch instead of the process.
@@ -357,10 +357,11 @@ void on_fault(int signal, siginfo_t* information, void* context) {
 // Faults are caught on a stack of their own while a kernel runs, and Python's handlers come back after it.
 class FaultHandler {
  public:
-  FaultHandler() : stack_(64 << 10) {
+  FaultHandler() {
+    static const Pages pages(64 << 10);
     stack_t stack{};
-    stack.ss_sp = stack_.begin;
-    stack.ss_size = stack_.bytes;
+    stack.ss_sp = pages.begin;
+    stack.ss_size = pages.bytes;
     sigaltstack(&stack, &old_stack_);
     struct sigaction action{};
     action.sa_sigaction = on_fault;
@@ -374,7 +375,6 @@ class FaultHandler {
 
  private:
   static constexpr int count = 3, signals[count] = {SIGSEGV, SIGBUS, SIGFPE};
-  Pages stack_;
   stack_t old_stack_{};
   struct sigaction old_[count]{};
 };
@@ -450,27 +450,22 @@ void touch_anywhere(const void* pointer, std::ptrdiff_t bytes, const void* instr
   if (!wrong.empty()) end_launch_at(instruction, wrong);
 }
 
-void check(const Kernel& kernel, const Launch& launch) {
-  const auto refuse = [&](const char* format, auto... values) {
-    char text[300];
-    std::snprintf(text, sizeof text, format, values...);
-    throw std::string(kernel.name) + ": " + text;
-  };
+// Why no device would take this launch, or nothing.
+std::string refusal(const Kernel& kernel, const Launch& launch) {
+  char text[300] = "";
+  const auto say = [&](const char* format, auto... values) { std::snprintf(text, sizeof text, format, values...); };
+  const int (&grid)[3] = launch.grid;
   if (launch.argument_bytes != kernel.argument_bytes) {
-    refuse("its arguments are %d bytes, those given %d", kernel.argument_bytes, launch.argument_bytes);
+    say("its arguments are %d bytes, those given %d", kernel.argument_bytes, launch.argument_bytes);
+  } else if (*std::min_element(grid, grid + 3) < 1 || std::max(grid[1], grid[2]) > 65535) {
+    say("a grid of %d x %d x %d blocks cannot be launched", grid[0], grid[1], grid[2]);
+  } else if (launch.block < 1 || launch.block > kernel.most_threads) {
+    say("a block of %d threads was launched, its launch bounds allow 1 to %d", launch.block, kernel.most_threads);
+  } else if (launch.shared_bytes < 0 || launch.shared_bytes > launch.shared_limit) {
+    say("%d bytes of shared memory were asked for, a block of this architecture may have %d", launch.shared_bytes,
+        launch.shared_limit);
   }
-  for (int axis = 0; axis < 3; ++axis) {
-    if (launch.grid[axis] < 1 || (axis > 0 && launch.grid[axis] > 65535)) {
-      refuse("a grid of %d x %d x %d blocks cannot be launched", launch.grid[0], launch.grid[1], launch.grid[2]);
-    }
-  }
-  if (launch.block < 1 || launch.block > kernel.most_threads) {
-    refuse("a block of %d threads was launched, its launch bounds allow 1 to %d", launch.block, kernel.most_threads);
-  }
-  if (launch.shared_bytes < 0 || launch.shared_bytes > launch.shared_limit) {
-    refuse("%d bytes of shared memory were asked for, a block of this architecture may have %d", launch.shared_bytes,
-           launch.shared_limit);
-  }
+  return text[0] == 0 ? "" : std::string(kernel.name) + ": " + text;
 }
 
 }  // namespace
@@ -484,27 +479,31 @@ void fail(Site site, const char* format, ...) {
   end_launch(thread_name() + text + " (" + place(site) + ")");
 }
 
-bool launch(const Kernel& kernel, const Launch& launch, const void* arguments, Failure* failure) try {
+bool launch(const Kernel& kernel, const Launch& launch, const void* arguments, Failure* failure) {
   *failure = {};
-  check(kernel, launch);
+  const auto failed = [failure](const std::string& message) {
+    std::snprintf(failure->message, sizeof failure->message, "%s", message.c_str());
+    return false;
+  };
+  const std::string refused = refusal(kernel, launch);
+  if (!refused.empty()) return failed(refused);
+
   for (int i = 0; i < launch.block; ++i) {
     if (machine.threads[i].fiber.stack == nullptr) {
-      const Pages* pages = new Pages(stack_bytes);  // kept for the next launch
-      machine.threads[i].fiber = {pages->begin, pages->bytes, nullptr};
+      const Pages pages(stack_bytes);
+      machine.threads[i].fiber = {pages.begin, pages.bytes, nullptr};
     }
   }
-  const std::size_t rounded = (static_cast<std::size_t>(launch.shared_bytes) + 1023) / 1024 * 1024;
-  const Pages pages(std::max<std::size_t>(rounded, 1));
+  static const Pages pages(most_shared_bytes);
   std::memset(pages.begin, poison, pages.bytes);
   machine.shared_begin = pages.begin;
-  machine.shared = pages.begin + pages.bytes - rounded;
-  machine.shared_end = machine.shared + launch.shared_bytes;
   machine.shared_pages_end = pages.begin + pages.bytes;
+  machine.shared = machine.shared_pages_end - (launch.shared_bytes + 1023) / 1024 * 1024;  // aligned to 1024
+  machine.shared_end = machine.shared + launch.shared_bytes;
   machine.kernel = &kernel;
   machine.launch = &launch;
   machine.arguments = arguments;
   machine.failure = failure;
-  machine.failed = false;
   machine.random = launch.seed;
   blockDim = {static_cast<unsigned>(launch.block), 1, 1};
   gridDim = {static_cast<unsigned>(launch.grid[0]), static_cast<unsigned>(launch.grid[1]),
@@ -517,17 +516,15 @@ bool launch(const Kernel& kernel, const Launch& launch, const void* arguments, F
   for (const unsigned block : blocks) {
     blockIdx = {block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y};
     run_block();
-    if (machine.failed) return false;
-    const auto untouched = [](unsigned char byte) { return byte == poison; };
-    if (!std::all_of(pages.begin, machine.shared, untouched) ||
-        !std::all_of(machine.shared_end, pages.begin + pages.bytes, untouched)) {
-      throw block_name() + ": wrote outside its " + std::to_string(launch.shared_bytes) + " bytes of shared memory";
+    if (failure->message[0] != 0) return false;
+    const auto is_poison = [](unsigned char byte) { return byte == poison; };
+    if (!std::all_of(std::max(machine.shared_begin, machine.shared - 4096), machine.shared, is_poison) ||
+        !std::all_of(machine.shared_end, machine.shared_pages_end, is_poison)) {
+      return failed(block_name() + ": wrote outside its " + std::to_string(launch.shared_bytes) +
+                    " bytes of shared memory");
     }
   }
   return true;
-} catch (const std::string& message) {
-  std::snprintf(failure->message, sizeof failure->message, "%s", message.c_str());
-  return false;
 }
 
 // ---- Waiting for one another ----------------------------------------------------------------------------------------
@@ -582,7 +579,7 @@ void collective(const Operation& operation, unsigned mask, void* operand, Site s
 }
 
 void synchronize_warp(unsigned mask, Site site) {
-  const auto perform = [](void* const (&)[32], unsigned, Site) { ++machine.warps[machine.current / 32].synchronized; };
+  const auto perform = [](void* const(&)[32], unsigned, Site) { ++machine.warps[machine.current / 32].synchronized; };
   collective({"__syncwarp", perform}, mask, nullptr, site);
 }
 
@@ -645,9 +642,9 @@ void copy_wait(int pending) {
 // ---- What the compiler's instrumentation calls ----------------------------------------------------------------------
 
 #define CALLER (static_cast<const char*>(__builtin_return_address(0)) - 1)
-#define TOUCH(bytes)                                                                                         \
-  void __tsan_read##bytes(void* pointer) { emulator::touch_anywhere<false>(pointer, bytes, CALLER); }        \
-  void __tsan_write##bytes(void* pointer) { emulator::touch_anywhere<true>(pointer, bytes, CALLER); }        \
+#define TOUCH(bytes)                                                                                            \
+  void __tsan_read##bytes(void* pointer) { emulator::touch_anywhere<false>(pointer, bytes, CALLER); }           \
+  void __tsan_write##bytes(void* pointer) { emulator::touch_anywhere<true>(pointer, bytes, CALLER); }           \
   void __tsan_unaligned_read##bytes(void* pointer) { emulator::touch_anywhere<false>(pointer, bytes, CALLER); } \
   void __tsan_unaligned_write##bytes(void* pointer) { emulator::touch_anywhere<true>(pointer, bytes, CALLER); }
 

@@ -1,6 +1,6 @@
-// What a kernel's threads ask of the emulated multiprocessor: to wait for one another, to exchange values within a warp,
-// to reach shared memory by its window address, to copy asynchronously. emulator.h says CUDA in these terms; machine.cpp
-// and warp.cpp do it.
+// What a kernel's threads ask of the emulated multiprocessor: to wait for one another, to exchange values within a
+// warp, to reach shared memory by its window address, to copy asynchronously. emulator.h says CUDA in these terms;
+// machine.cpp and warp.cpp do it.
 #pragma once
 
 namespace emulator {
@@ -10,6 +10,7 @@ struct Site {
   const char* file;
   int line;
 };
+constexpr Site at(const char* file, int line) { return {file, line}; }
 
 struct Kernel {
   const char* name;

@@ -1,5 +1,5 @@
-// The instructions that a warp executes as one: shuffles, votes, and the matrix instructions by their true lane layouts.
-// Each gathers its lanes' operands, computes once for all of them, and hands every lane its part.
+// The instructions that a warp executes as one: shuffles, votes, and the matrix instructions by their true lane
+// layouts. Each gathers its lanes' operands, computes once for all of them, and hands every lane its part.
 #include <cstring>
 
 #include "machine.h"
