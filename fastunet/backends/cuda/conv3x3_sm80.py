@@ -4,7 +4,6 @@ import ctypes
 import math
 
 from fastunet.backends.cuda.arguments import TensorArgument, integers, pointers, tensors
-from fastunet.backends.cuda.device import Device
 from fastunet.backends.cuda.launch import Launch, blocks, splits
 
 FILE = "conv3x3_sm80.cu"
@@ -32,14 +31,17 @@ class WeightGradientArguments(ctypes.Structure):
     _fields_ = [*tensors("gradient", "skip", "x"), *pointers("workspace")]
 
 
-def forward(y: TensorArgument, device: Device) -> Launch:
-    """Launch of conv3x3_forward to this output."""
-    return _over_tiles("conv3x3_forward", y, (y.pitch,), device)
+def forward(y: TensorArgument, multiprocessors: int, shared_memory: int) -> Launch:
+    """Launch of conv3x3_forward to this output; `shared_memory`: the most bytes that a block may have."""
+    return _over_tiles("conv3x3_forward", y, (y.pitch,), multiprocessors, shared_memory)
 
 
-def data_gradient(skip_gradient: TensorArgument, x_gradient: TensorArgument, device: Device) -> Launch:
+def data_gradient(
+    skip_gradient: TensorArgument, x_gradient: TensorArgument, multiprocessors: int, shared_memory: int
+) -> Launch:
     """Launch of conv3x3_data_gradient to these; the skip's is all zero where there is none."""
-    return _over_tiles("conv3x3_data_gradient", x_gradient, (skip_gradient.pitch, x_gradient.pitch), device)
+    pitches = skip_gradient.pitch, x_gradient.pitch
+    return _over_tiles("conv3x3_data_gradient", x_gradient, pitches, multiprocessors, shared_memory)
 
 
 def weight_gradient(
@@ -63,25 +65,24 @@ def weight_gradient(
     )
 
 
-def _over_tiles(kernel: str, over: TensorArgument, pitches: tuple[int, ...], device: Device) -> Launch:
+def _over_tiles(
+    kernel: str, over: TensorArgument, pitches: tuple[int, ...], multiprocessors: int, shared_memory: int
+) -> Launch:
     """Of the tiles of which a multiprocessor holds two, the one that keeps the busiest multiprocessor least long."""
-    room = (
-        device.shared_memory + 1024
-    ) // BLOCKS_OF_A_MULTIPROCESSOR - 1024  # the system takes 1 KiB of each
+    room = (shared_memory + 1024) // BLOCKS_OF_A_MULTIPROCESSOR - 1024  # the system takes 1 KiB of each
     channels = max(pitches)
     tiles = ((16, 16),) if channels <= 16 else ((16, 32), (16, 16)) if channels <= 32 else ((16, 64), (8, 64))
-    launches = []
+    times = {}
     for rows, outputs in tiles:
         stages = next((count for count in (4, 3, 2) if _shared_bytes(rows, outputs, count) <= room), None)
-        if stages is None:
-            continue
-        across, down = blocks(over.width, TILE_COLUMNS), over.images * blocks(over.height, rows)
-        grid = sum(blocks(pitch, outputs) for pitch in pitches), across, down
-        time = blocks(math.prod(grid), device.multiprocessors) * rows * outputs
-        defines = f"-DTILE_ROWS={rows}", f"-DTILE_OUTPUTS={outputs}", f"-DSTAGES={stages}"
-        launch = Launch(FILE, kernel, defines, grid, 256, _shared_bytes(rows, outputs, stages))
-        launches.append((time * (1 if rows == 16 else TIME_OF_HALF_A_TILE), launch))
-    return min(launches)[1]
+        if stages is not None:
+            across, down = blocks(over.width, TILE_COLUMNS), over.images * blocks(over.height, rows)
+            grid = sum(blocks(pitch, outputs) for pitch in pitches), across, down
+            defines = f"-DTILE_ROWS={rows}", f"-DTILE_OUTPUTS={outputs}", f"-DSTAGES={stages}"
+            launch = Launch(FILE, kernel, defines, grid, 256, _shared_bytes(rows, outputs, stages))
+            time = blocks(math.prod(grid), multiprocessors) * rows * outputs
+            times[launch] = time * (1 if rows == 16 else TIME_OF_HALF_A_TILE)
+    return min(times, key=times.__getitem__)
 
 
 def _shared_bytes(rows: int, outputs: int, stages: int) -> int:
