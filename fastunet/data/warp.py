@@ -12,8 +12,8 @@ mirror ends a spline through three values f0, f1, f2 at u = -1, 0, 1 is
 
 so that along a row the field is a sum of two fixed curves and is evaluated where it is needed, never stored.
 
-The scalar functions decorated by `_scalar` are the mathematics of one pixel; they use neither NumPy nor
-memory of their own, so that a kernel for another device can compile the same ones.
+The functions decorated by `_scalar` are the mathematics of one pixel; they use neither NumPy arrays nor memory of
+their own, so that `fastunet.data.warp_cuda` compiles the same ones for a GPU.
 """
 
 import math
@@ -175,11 +175,9 @@ def apply_warp(
     ValueError
         On shapes or types other than these.
     """
-    if order not in ("linear", "cubic"):
-        raise ValueError(f"order {order!r} is not known; 'linear' or 'cubic' is expected")
     if threads < 1:
         raise ValueError(f"threads is {threads}; it must be at least 1")
-    _check(image, labels, weights)
+    check_arrays(image, labels, weights, order)
     tile, output = warp.tile, warp.output
     channels = image.shape[2]
     expected = (
@@ -200,18 +198,15 @@ def apply_warp(
     if order == "cubic" and prefilter:
         image = spline_coefficients(image)
 
-    axes, splines = _in_image_axes(warp)
-    centre = np.floor(warp.centre)
+    whole, motion = in_image_axes(warp)
     arguments = (
         image.shape,
         np.ascontiguousarray(image).ravel(),
         np.ascontiguousarray(labels).ravel(),
         np.ascontiguousarray(weights).ravel(),
         order == "cubic",
-        centre.astype(np.float32),
-        np.asarray(warp.centre) - centre,
-        axes,
-        splines,
+        whole,
+        motion,
         np.float32(warp.gain),
         np.float32(warp.offset),
         x,
@@ -222,7 +217,10 @@ def apply_warp(
     return x, y, w
 
 
-def _check(image: NDArray[np.float32], labels: NDArray[Any], weights: NDArray[np.float32]) -> None:
+def check_arrays(image: Any, labels: Any, weights: Any, order: str) -> None:
+    """Raise ValueError unless these are arrays, on any device, of the shapes and types `apply_warp` takes."""
+    if order not in ("linear", "cubic"):
+        raise ValueError(f"order {order!r} is not known; 'linear' or 'cubic' is expected")
     if image.ndim != 3 or image.dtype != np.float32 or not 0 < image.size < 2**32:
         raise ValueError(
             f"image is {image.dtype} of shape {image.shape}; "
@@ -240,14 +238,26 @@ def _check(image: NDArray[np.float32], labels: NDArray[Any], weights: NDArray[np
         )
 
 
-def _in_image_axes(warp: Warp) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """R F, (2, 2), and the factors of the curves (1, odd, even) down and across, (3, 3, 2), turned by it."""
+def in_image_axes(warp: Warp) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Centre and motion of a warp along the axes of the image, as the functions of one pixel take them.
+
+    Returns
+    -------
+    whole : (2,) float32
+        The centre rounded down.
+    motion : (2, 12) float64
+        For each axis of the image the rest of the centre, R F (2), and the factors of the curves (1, odd, even)
+        across the tile times those down it, (3, 3), turned by R F.
+    """
     cosine, sine = math.cos(warp.angle), math.sin(warp.angle)
     axes = np.array([[cosine, -sine], [sine, cosine]])
     if warp.flip:
         axes[:, 1] *= -1
     to_curves = np.array([[0, 1, 0], [-0.5, 0, 0.5], [0.5, -1, 0.5]])
-    return axes, np.einsum("ai,bj,ijd,ed->abe", to_curves, to_curves, warp.displacement, axes)
+    splines = np.einsum("ai,bj,ijd,ed->eba", to_curves, to_curves, warp.displacement, axes)
+    whole = np.floor(warp.centre)
+    rest = np.asarray(warp.centre) - whole
+    return whole.astype(np.float32), np.concatenate([rest[:, None], axes, splines.reshape(2, 9)], axis=1)
 
 
 _scalar = njit(nogil=True, cache=True, inline="always", fastmath=_FLOAT, error_model="numpy")
@@ -267,6 +277,23 @@ def even_curve(u):  # type: ignore[no-untyped-def]
 
 
 @_scalar
+def curves(index, middle):  # type: ignore[no-untyped-def]
+    """Place of a row or column of the tile relative to its middle, and the two curves there."""
+    place = np.float32(index) - middle
+    u = place / max(middle, _HALF)
+    return place, odd_curve(u), even_curve(u)
+
+
+@_scalar
+def along_row(motion, place, odd, even):  # type: ignore[no-untyped-def]
+    """One coordinate along the row of the tile at `place`: its begin, and the factors of place, odd and even."""
+    begin = motion[0] + motion[1] * place + (motion[3] + motion[4] * odd + motion[5] * even)
+    along_odd = motion[6] + motion[7] * odd + motion[8] * even
+    along_even = motion[9] + motion[10] * odd + motion[11] * even
+    return np.float32(begin), np.float32(motion[2]), np.float32(along_odd), np.float32(along_even)
+
+
+@_scalar
 def whole_part(position):  # type: ignore[no-untyped-def]
     """Floor of a float32 within the range of int32; math.floor would leave vectors of float32."""
     toward_zero = np.float32(np.int32(position))
@@ -274,12 +301,27 @@ def whole_part(position):  # type: ignore[no-untyped-def]
 
 
 @_scalar
-def fold(index, last, turns_per_pixel):  # type: ignore[no-untyped-def]
-    """Mirror a whole number into 0..last, again and again, in float32.
+def locate(row, place, odd, even, centre):  # type: ignore[no-untyped-def]
+    """Coordinate of a pixel of the row (see `along_row`): its whole part, and the fraction beyond it.
 
-    One turn there and back is 2 * last pixels; `turns_per_pixel` is its inverse, or 0 where last is 0.
+    The whole centre is added last: relative to it float32 keeps about 2^-15 pixels in an image of any size.
     """
-    return min(abs(index - _TWO * last * whole_part(index * turns_per_pixel + _HALF)), last)
+    begin, step, along_odd, along_even = row
+    position = begin + step * place + along_odd * odd + along_even * even
+    whole = whole_part(position)
+    return whole + centre, position - whole
+
+
+@_scalar
+def turns_per_pixel(last):  # type: ignore[no-untyped-def]
+    """Inverse of the way from pixel 0 to the last one and back; 0 where they are the same."""
+    return _HALF / last if last > 0 else np.float32(0)
+
+
+@_scalar
+def fold(index, last, turns):  # type: ignore[no-untyped-def]
+    """Mirror a whole number into 0..last, again and again, in float32; `turns` is turns_per_pixel(last)."""
+    return np.uint32(np.int32(min(abs(index - _TWO * last * whole_part(index * turns + _HALF)), last)))
 
 
 @_scalar
@@ -291,6 +333,12 @@ def linear(at, beside, below, across, right, down):  # type: ignore[no-untyped-d
 
 
 @_scalar
+def nearest(at, after, fraction):  # type: ignore[no-untyped-def]
+    """Whichever of two neighbouring pixels is nearer."""
+    return after if fraction >= _HALF else at
+
+
+@_scalar
 def cubic_weights(t):  # type: ignore[no-untyped-def]
     """Cubic B-spline weights of the coefficients at -1, 0, 1 and 2 for the fraction t."""
     s = _ONE - t
@@ -299,41 +347,28 @@ def cubic_weights(t):  # type: ignore[no-untyped-def]
     return before, at, _FOUR * _SIXTH - s * s * (_ONE - _HALF * s), after
 
 
-@_kernel
-def _along_row(axis, row, fraction, axes, splines, curves):  # type: ignore[no-untyped-def]
-    """Coordinate `axis` along a row of the tile: the constant, and the factors of place, odd and even."""
-    place, odd, even = curves
-    constant, along_odd, along_even = (
-        splines[0, 0, axis] + splines[1, 0, axis] * odd[row] + splines[2, 0, axis] * even[row],
-        splines[0, 1, axis] + splines[1, 1, axis] * odd[row] + splines[2, 1, axis] * even[row],
-        splines[0, 2, axis] + splines[1, 2, axis] * odd[row] + splines[2, 2, axis] * even[row],
-    )
-    begin = fraction[axis] + axes[axis, 0] * place[row] + constant
-    return np.float32(begin), (np.float32(axes[axis, 1]), np.float32(along_odd), np.float32(along_even))
+@_scalar
+def cubic(before, at, after, beyond, weights):  # type: ignore[no-untyped-def]
+    """Interpolate between four coefficients with their `cubic_weights`."""
+    return weights[0] * before + weights[1] * at + weights[2] * after + weights[3] * beyond
 
 
 @_kernel
-def _locate(begin, factors, curves, centre, size, stride, absolute, fraction, taps):  # type: ignore[no-untyped-def]
+def _locate_row(row, columns, centre, size, stride, absolute, fraction, taps):  # type: ignore[no-untyped-def]
     """Image coordinate of each pixel of a row along one axis: its fraction, and the memory offsets around it.
 
-    taps[i] are the pixels i - 1 (of four) or i (of two) after the whole part, mirrored into the image. The
-    whole centre is added last: relative to it float32 keeps about 2^-15 pixels in an image of any size.
+    taps[i] are the pixels i - 1 (of four) or i (of two) after the whole part, mirrored into the image.
     """
-    place, odd, even = curves
-    step, along_odd, along_even = factors
-    last = np.float32(size - 1)
-    turns_per_pixel = _HALF / last if last > 0 else np.float32(0)
+    place, odd, even = columns
     for j in range(place.size):
-        position = begin + step * place[j] + along_odd * odd[j] + along_even * even[j]
-        whole = whole_part(position)
-        fraction[j] = position - whole
-        absolute[j] = whole + centre
+        absolute[j], fraction[j] = locate(row, place[j], odd[j], even[j], centre)
+    last = np.float32(size - 1)
+    turns = turns_per_pixel(last)
     for tap in range(taps.shape[0]):
         line = taps[tap]
         shift = np.float32(tap + 1 - taps.shape[0] // 2)
         for j in range(place.size):
-            folded = np.uint32(np.int32(fold(absolute[j] + shift, last, turns_per_pixel)))
-            line[j] = np.uint32(folded * np.uint32(stride))
+            line[j] = np.uint32(fold(absolute[j] + shift, last, turns) * np.uint32(stride))
 
 
 @_kernel
@@ -355,16 +390,16 @@ def _sample_linear(image, channel, gain, offset, down, right, rows, columns, x):
 @_kernel
 def _sample_cubic(image, channel, gain, offset, down, right, rows, columns, x):  # type: ignore[no-untyped-def]
     for j in range(down.size):
-        w0, w1, w2, w3 = cubic_weights(right[j])
-        v0, v1, v2, v3 = cubic_weights(down[j])
+        weights = cubic_weights(right[j])
         value = np.float32(0)
-        for tap, weight in ((0, v0), (1, v1), (2, v2), (3, v3)):
+        for tap, weight in enumerate(cubic_weights(down[j])):
             row = np.uint32(rows[tap, j] + channel)
-            value += weight * (
-                w0 * image[np.uint32(row + columns[0, j])]
-                + w1 * image[np.uint32(row + columns[1, j])]
-                + w2 * image[np.uint32(row + columns[2, j])]
-                + w3 * image[np.uint32(row + columns[3, j])]
+            value += weight * cubic(
+                image[np.uint32(row + columns[0, j])],
+                image[np.uint32(row + columns[1, j])],
+                image[np.uint32(row + columns[2, j])],
+                image[np.uint32(row + columns[3, j])],
+                weights,
             )
         x[j, channel] = gain * value + offset
 
@@ -381,41 +416,35 @@ def _sample_targets(labels, weights, down, right, upper, lower, left, beyond, y,
             right[j],
             down[j],
         )
-        nearest_row = next_row if down[j] >= _HALF else row
-        nearest_column = next_column if right[j] >= _HALF else column
-        y[j] = labels[np.uint32(nearest_row + nearest_column)]
+        y[j] = labels[np.uint32(nearest(row, next_row, down[j]) + nearest(column, next_column, right[j]))]
 
 
 @_kernel
 def _warp_rows(  # type: ignore[no-untyped-def]
-    low, high, shape, image, labels, weights, cubic, whole, fraction, axes, splines, gain, offset, x, y, w
+    low, high, shape, image, labels, weights, cubic, whole, motion, gain, offset, x, y, w
 ):
     """Fill rows low to high of the tile. Images are flat; offsets stay uint32, which Numba does not wrap."""
     height, width, channels = shape
     tile, output = x.shape[0], y.shape[0]
     border = (tile - output) // 2
     inside = slice(border, border + output)
-    middle = (tile - 1) / 2
+    middle = np.float32((tile - 1) / 2)
     place = np.empty(tile, np.float32)
     odd = np.empty(tile, np.float32)
     even = np.empty(tile, np.float32)
     for j in range(tile):
-        place[j] = j - middle
-        u = np.float32(place[j] / max(middle, 0.5))
-        odd[j] = odd_curve(u)
-        even[j] = even_curve(u)
+        place[j], odd[j], even[j] = curves(j, middle)
 
     count = 4 if cubic else 2
     here, after = count // 2 - 1, count // 2
     rows, columns = np.empty((count, tile), np.uint32), np.empty((count, tile), np.uint32)
     down, right = np.empty(tile, np.float32), np.empty(tile, np.float32)
-    curves = (place, odd, even)
     scratch = np.empty(tile, np.float32)
     for i in range(low, high):
-        down_begin, down_factors = _along_row(0, i, fraction, axes, splines, curves)
-        right_begin, right_factors = _along_row(1, i, fraction, axes, splines, curves)
-        _locate(down_begin, down_factors, curves, whole[0], height, width, scratch, down, rows)
-        _locate(right_begin, right_factors, curves, whole[1], width, 1, scratch, right, columns)
+        down_row = along_row(motion[0], place[i], odd[i], even[i])
+        right_row = along_row(motion[1], place[i], odd[i], even[i])
+        _locate_row(down_row, (place, odd, even), whole[0], height, width, scratch, down, rows)
+        _locate_row(right_row, (place, odd, even), whole[1], width, 1, scratch, right, columns)
         if border <= i < border + output:
             _sample_targets(
                 labels,

@@ -9,6 +9,9 @@ rows     The lower envelope of the parabolas over the first entries (Felzenszwal
          section 2) gives d1 and the label that owns it. For each run of one owner a second envelope, over the
          entries of other labels, gives d2. Beyond the site of the neighbouring run no parabola can win, so
          all the windows together are at most a few rows long.
+
+The functions decorated by `_scalar` are the mathematics of one pixel, which `fastunet.data.weight_map_cuda` compiles
+for a GPU too.
 """
 
 import math
@@ -26,10 +29,15 @@ FALK2019 = "falk2019"
 PRESETS = (PAPER2015, FALK2019)
 
 _BORDER = {PAPER2015: (10.0, 5.0), FALK2019: (50.0, 6.0)}  # w0, sigma
-_FALK_BACKGROUND = 0.1
+FALK_BACKGROUND = 0.1
 _FALK_HALO_SIGMA = 10.0
-_FAR = 1 << 30  # a column distance that means "no site"; adding any image height to it stays within int32
+FAR = 1 << 30  # a column distance that means "no site"; adding any image height to it stays within int32
 _PIXELS_PER_THREAD = 1 << 15
+
+OWN_CLASS_WEIGHTS = (
+    "class_weights are given and preset is 'falk2019', which has its own; "
+    "leave class_weights out or take preset='paper2015'"
+)
 
 
 def weight_map(
@@ -77,44 +85,27 @@ def weight_map(
     ValueError
         On shapes that differ, values that are not integers or negative, or parameters out of range.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is not known; the presets are {' and '.join(PRESETS)}")
-    w0 = _BORDER[preset][0] if w0 is None else float(w0)
-    sigma = _BORDER[preset][1] if sigma is None else float(sigma)
-    if not (math.isfinite(w0) and w0 >= 0):
-        raise ValueError(f"w0 is {w0}; it must be a finite number of at least 0")
-    if not (math.isfinite(sigma) and sigma > 0):
-        raise ValueError(f"sigma is {sigma}; it must be a finite number of pixels above 0")
-
+    border = border_terms(preset, w0, sigma)
     labels, ignored = _without_ignored(labels, ignore)
     instances = instance_labels(labels)
     classes = _class_indices(mask, instances)
     if ignored is not None:
         classes[ignored] = -1
 
-    halo, halo_sigma = 0.0, 1.0
     if preset == FALK2019:
         if class_weights is not None and not isinstance(class_weights, str):
-            raise ValueError(
-                "class_weights are given and preset is 'falk2019', which has its own; "
-                "leave class_weights out or take preset='paper2015'"
-            )
+            raise ValueError(OWN_CLASS_WEIGHTS)
         base = np.ones(max(2, int(classes.max(initial=0)) + 1))
-        base[0] = _FALK_BACKGROUND
-        halo, halo_sigma = 1 - _FALK_BACKGROUND, _FALK_HALO_SIGMA
+        base[0] = FALK_BACKGROUND
     else:
         base = _base_weights(class_weights, classes)
 
-    reach = _reach(w0, sigma)
-    radius = max(reach, _reach(halo, halo_sigma))
     weights = np.empty(instances.shape, np.float32)
     columns = _column_pass(instances, threads)
     in_strips(
         instances.shape[0],
         _thread_count(threads, instances.size),
-        lambda low, high: _weigh_rows(
-            *columns, low, high, radius, classes, base, w0, sigma, reach, halo, halo_sigma, weights
-        ),
+        lambda low, high: _weigh_rows(*columns, low, high, classes, base, border, weights),
     )
     return weights
 
@@ -251,6 +242,35 @@ def _base_weights(
     return numbers
 
 
+def border_terms(
+    preset: str, w0: float | None, sigma: float | None
+) -> tuple[float, float, float, float, float, float]:
+    """What a preset adds to the class weights of background, as `add_border` takes it.
+
+    Returns
+    -------
+    w0, sigma, reach, halo, halo_sigma, radius : float
+        w0 exp(-(d1 + d2)^2 / (2 sigma^2)) where d1 + d2 <= reach, and halo exp(-d1^2 / (2 halo_sigma^2)) where
+        d1 <= radius, the distance beyond which float32 shows neither.
+
+    Raises
+    ------
+    ValueError
+        If the preset is unknown, or w0 or sigma out of range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is not known; the presets are {' and '.join(PRESETS)}")
+    w0 = _BORDER[preset][0] if w0 is None else float(w0)
+    sigma = _BORDER[preset][1] if sigma is None else float(sigma)
+    if not (math.isfinite(w0) and w0 >= 0):
+        raise ValueError(f"w0 is {w0}; it must be a finite number of at least 0")
+    if not (math.isfinite(sigma) and sigma > 0):
+        raise ValueError(f"sigma is {sigma}; it must be a finite number of pixels above 0")
+    halo, halo_sigma = (1 - FALK_BACKGROUND, _FALK_HALO_SIGMA) if preset == FALK2019 else (0.0, 1.0)
+    reach = _reach(w0, sigma)
+    return w0, sigma, reach, halo, halo_sigma, max(reach, _reach(halo, halo_sigma))
+
+
 def _reach(height: float, sigma: float) -> float:
     """Distance beyond which height * exp(-d^2 / (2 sigma^2)) is below 2^-24, lost in float32 beside w_c."""
     return sigma * math.sqrt(2 * math.log(height * 2**24)) if height > 2**-24 else 0.0
@@ -278,6 +298,32 @@ def _column_pass(
     return owner, first, second
 
 
+_scalar = njit(nogil=True, cache=True, inline="always")
+
+
+@_scalar
+def two_nearest_of(owner, first, second, label, near, other):  # type: ignore[no-untyped-def]
+    """Nearest instance, its distance and that of any other one, from two such triples for parts of the image."""
+    wins = near < first
+    loser = first if wins else near
+    runner_up = other if wins else second
+    nearest_others = min(second, other) if label == owner else min(runner_up, loser)
+    return label if wins else owner, near if wins else first, nearest_others
+
+
+@_scalar
+def add_border(weight, near, other, border):  # type: ignore[no-untyped-def]
+    """Weight of a background pixel from its class weight, d1^2, d2^2 and `border_terms`."""
+    w0, sigma, reach, halo, halo_sigma, radius = border
+    d1 = math.sqrt(near)
+    d2 = math.sqrt(other)
+    if d1 + d2 <= reach:
+        weight += w0 * math.exp(-((d1 + d2) ** 2) / (2.0 * sigma * sigma))
+    if halo > 0.0 and d1 <= radius:
+        weight += halo * math.exp(-(d1**2) / (2.0 * halo_sigma * halo_sigma))
+    return weight
+
+
 @njit(nogil=True, cache=True)
 def _count(classes, present):  # type: ignore[no-untyped-def]
     counts = np.zeros(present, np.int64)
@@ -291,14 +337,14 @@ def _count(classes, present):  # type: ignore[no-untyped-def]
 def _sweep_columns(instances, low, high, owner, first, second):  # type: ignore[no-untyped-def]
     height = instances.shape[0]
     below_owner = np.zeros(high - low, np.int32)
-    below_first = np.full(high - low, np.int32(_FAR))
-    below_second = np.full(high - low, np.int32(_FAR))
+    below_first = np.full(high - low, np.int32(FAR))
+    below_second = np.full(high - low, np.int32(FAR))
     for y in range(height):
         for x in range(low, high):
             label = instances[y, x]
             last = owner[y - 1, x] if y > 0 else np.int32(0)
-            near = first[y - 1, x] + np.int32(1) if y > 0 else np.int32(_FAR)
-            other = second[y - 1, x] + np.int32(1) if y > 0 else np.int32(_FAR)
+            near = first[y - 1, x] + np.int32(1) if y > 0 else np.int32(FAR)
+            other = second[y - 1, x] + np.int32(1) if y > 0 else np.int32(FAR)
             owner[y, x] = label if label != 0 else last
             first[y, x] = np.int32(0) if label != 0 else near
             second[y, x] = near if label != 0 and label != last else other
@@ -315,16 +361,9 @@ def _sweep_columns(instances, low, high, owner, first, second):  # type: ignore[
             below_first[x - low] = near
             below_second[x - low] = other
 
-            above = owner[y, x]
-            above_near = first[y, x]
-            above_other = second[y, x]
-            below_wins = near < above_near
-            loser = above_near if below_wins else near
-            runner_up = other if below_wins else above_other
-            merged = min(above_other, other)
-            owner[y, x] = last if below_wins else above
-            first[y, x] = near if below_wins else above_near
-            second[y, x] = merged if last == above else min(runner_up, loser)
+            owner[y, x], first[y, x], second[y, x] = two_nearest_of(
+                owner[y, x], first[y, x], second[y, x], last, near, other
+            )
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -412,11 +451,9 @@ def _measure_rows(owner, first, second, low, high, radius, d1, d2):  # type: ign
 
 
 @njit(nogil=True, cache=True)
-def _weigh_rows(  # type: ignore[no-untyped-def]
-    owner, first, second, low, high, radius, classes, base, w0, sigma, reach, halo, halo_sigma, weights
-):
+def _weigh_rows(owner, first, second, low, high, classes, base, border, weights):  # type: ignore[no-untyped-def]
     height, width = owner.shape
-    column_reach = int(min(radius, height + width))
+    reach = int(min(border[-1], height + width))
     scratch = np.empty((4, width), np.int64)
     heights = np.empty((2, width))
     near, other = np.empty(width), np.empty(width)
@@ -424,14 +461,7 @@ def _weigh_rows(  # type: ignore[no-untyped-def]
     for y in range(low, high):
         for x in range(width):
             wanted[x] = classes[y, x] == 0
-        _measure_row(owner[y], first[y], second[y], wanted, column_reach, scratch, heights, near, other)
+        _measure_row(owner[y], first[y], second[y], wanted, reach, scratch, heights, near, other)
         for x in range(width):
             weight = base[classes[y, x]] if classes[y, x] >= 0 else 0.0
-            if wanted[x]:
-                d1 = math.sqrt(near[x])
-                d2 = math.sqrt(other[x])
-                if d1 + d2 <= reach:
-                    weight += w0 * math.exp(-((d1 + d2) ** 2) / (2.0 * sigma * sigma))
-                if halo > 0.0 and d1 <= radius:
-                    weight += halo * math.exp(-(d1**2) / (2.0 * halo_sigma * halo_sigma))
-            weights[y, x] = weight
+            weights[y, x] = add_border(weight, near[x], other[x], border) if wanted[x] else weight

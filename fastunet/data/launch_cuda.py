@@ -1,0 +1,55 @@
+"""Run Numba-CUDA kernels on the arrays and streams of other libraries, without ever waiting for the device.
+
+Imported only by the CUDA versions of the data side's kernels.
+"""
+
+import importlib.util
+from typing import Any
+
+if importlib.util.find_spec("numba_cuda") is None:
+    raise ImportError("numba-cuda is not installed; pip install 'fastunet[cuda13]' or 'fastunet[cuda12]'")
+
+from numba import cuda
+from numba.cuda.core import config
+from numba.cuda.cudadrv.devicearray import is_cuda_ndarray
+
+# A small image is a small grid, and there is nothing to warn of.
+config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
+
+
+def on_device(function: Any) -> Any:
+    """Device function of the same Python source as a Numba function of the CPU's.
+
+    Products may be fused there too, but no more is relaxed; what it calls in turn, Numba-CUDA compiles by itself, and
+    with any relaxation the CPU's version asks for.
+    """
+    return cuda.jit(device=True)(function.py_func)
+
+
+def device_array(array: Any) -> Any:
+    """View of anything with __cuda_array_interface__; the caller's streams are in order, so none is waited for."""
+    return array if array is None or is_cuda_ndarray(array) else cuda.as_cuda_array(array, sync=False)
+
+
+def launch(
+    kernel: Any,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    stream: int,
+    *arguments: Any,
+) -> None:
+    """Start a kernel with a thread for each pixel of `shape` (rows, columns) and return at once.
+
+    Parameters
+    ----------
+    kernel : Numba-CUDA kernel
+    shape : (rows, columns)
+    block : (columns, rows)
+        Of the threads of a block.
+    stream : int
+        Address of the CUDA stream, as CuPy's `stream.ptr`; 0 is the default one.
+    *arguments
+    """
+    grid = (-(-shape[1] // block[0]), -(-shape[0] // block[1]))
+    if all(grid):
+        kernel[grid, block, cuda.external_stream(stream) if stream else 0](*arguments)
