@@ -1,27 +1,32 @@
 // Valid 3x3 convolution in float32 (multiply-adds of the ordinary units, no TF32), in its three directions.
 //
-//   forward          y = [ReLU](bias + sum over taps and inputs of x[row + ky, column + kx] weight[ky, kx]), and, where
-//                    asked for, y pooled 2x2 (maximum, windows from y's first pixel, an odd last row or column left
-//                    out)
-//   data gradient    gradient of each input; zero where the input is the output of a ReLU and zero itself
-//   weight gradient  sums over the pixels of each split: workspace [split][packed weight, then bias], which
-//                    kernels/reduce.cu adds up in a fixed order
+//   conv3x3_forward:          y[n, i, j, o] = bias[o] + sum over (ky, kx, c) of input[n, i + ky, j + kx, c] w[ky, kx,
+//   o, c]
+//                             input = [crop of skip, x] or x alone, read in place; then ReLU where `relu`; where
+//                             `pooled` has data, pooled = 2x2 maximum of y, floor(height / 2) x floor(width / 2)
+//   conv3x3_data_gradient:    dinput[n, i, j, c] = sum over (ky, kx, o) of dy[n, i - ky, j - kx, o] w[ky, kx, o, c]
+//                             dinput = [skip_gradient, x_gradient] or x_gradient alone; 0 where an element of `x` or
+//                             `skip` is 0, if that tensor (then the output of a ReLU) has data
+//   conv3x3_weight_gradient:  sums over the pixels of each split: workspace [split][packed weight, then bias], which
+//                             kernels/reduce.cu adds up in a fixed order
 //
-// Tensors (kernels/tensor.cuh) are float32 with a pitch that is a multiple of 16; the input is one tensor (`x`; the
-// skip has pitch 0) or the concatenation [skip, x], the skip's origin moved to its crop. y is 2 lower and 2 narrower
-// than x. Weights are packed [tap][y.pitch][input pitch], the skip's before x's, zero in padding; padding of results is
-// zero. Any number of images, sides and channels. Defines: TILE_OUTPUTS = 64 or 32. Geometry:
-// fastunet/backends/cuda/conv3x3_fp32.py.
+// Tensors are channels-last float32 of any number of images, sides and channels (tensor.cuh: the pitch a multiple of
+// 16, padding zero, and so it is written). A skip's `top` and `left` are its crop. Weights, for the skip and then for
+// x: [tap = 3 ky + kx][out, padded][in, padded].
 //
-// 18 * inputs * outputs FLOPs a pixel of y in each direction; a block reads its pixels' halo once for all nine taps,
-// and all tensors are read about once from device memory, again from L2 for every TILE_OUTPUTS outputs.
+// Defines: TILE_OUTPUTS = 64 or 32. Geometry: fastunet/backends/cuda/conv3x3_fp32.py.
 //
-// Tested against PyTorch in float64: tests/emulator/test_conv3x3_fp32.py.
+// Cost: 18 in out FLOPs a pixel in each direction. A block of 8 x 16 x 64 keeps the tile of 16 channels with its border
+// in shared memory for all nine taps and fetches 48 KB (11.5 of pixels, 36.9 of weights) for 2.4 MFLOP, 49 FLOP a byte
+// of L2: 1.4 TB/s at the full 67 TFLOP/s of an H200.
+//
+// Tested against PyTorch in float64 (tests/emulator/test_conv3x3_fp32.py).
 #include "pipeline.cuh"
 #include "product_fp32.cuh"
 #include "tensor.cuh"
 
-__device__ __forceinline__ float larger(float a, float b) { return a > b || a != a ? a : b; }  // NaN stays
+// What is no number stays.
+__device__ __forceinline__ float larger(float a, float b) { return a > b || a != a ? a : b; }
 
 constexpr int kTileRows = 8, kTileColumns = 16;  // as product_fp32.cuh arranges 128 pixels
 constexpr int kHaloRows = kTileRows + 2, kHaloColumns = kTileColumns + 2;
@@ -70,8 +75,9 @@ KERNEL(conv3x3_forward, ForwardArguments, kThreads, 3) {
     const bool of_skip = chunk < skip_chunks;
     const Tensor<const float>& input = of_skip ? arguments.skip : arguments.x;
     const int channel = (of_skip ? chunk : chunk - skip_chunks) * kChunk;
-    if (tap == 0)
+    if (tap == 0) {
       copy_halo(halos + chunk % 2 * kHalo, input, image, first_row, first_column, y.height + 2, y.width + 2, channel);
+    }
     const float* weight = arguments.weight + (of_skip ? 0 : 9LL * y.pitch * arguments.skip.pitch);
     const unsigned place = shared_address(weights + step % kStages * kForwardWeights);
     UNROLL
@@ -97,9 +103,9 @@ KERNEL(conv3x3_forward, ForwardArguments, kThreads, 3) {
     UNROLL
     for (int p = 0; p < kThreadPixels; ++p) {
       sums[p][j] += bias.x, sums[p][j + 1] += bias.y, sums[p][j + 2] += bias.z, sums[p][j + 3] += bias.w;
-      if (arguments.relu) {
+      if (arguments.relu) {  // of a value that is no number, no number
         UNROLL
-        for (int i = j; i < j + 4; ++i) sums[p][i] = sums[p][i] < 0.0f ? 0.0f : sums[p][i];  // NaN stays
+        for (int i = j; i < j + 4; ++i) sums[p][i] = sums[p][i] < 0.0f ? 0.0f : sums[p][i];
       }
       const int row = first_row + pixel_row(p), column = first_column + pixel_column(p);
       if (row < y.height && column < y.width) {

@@ -12,9 +12,11 @@
 // multiple of 16, padding zero, and so it is written (tensor.cuh). Any number of images, sides and outputs. Weights:
 // [tap = 3 ky + kx][out, padded][16], elements; the bias is float32.
 //
-// Memory-bound: forward writes and the gradient reads the tensor y once, y.pitch elements a pixel, beside which the
-// image is nothing; 18 channels y.pitch FLOPs a pixel, 9 FLOP a byte for one channel in bfloat16. Tensor cores would be
-// fed with 7 zeros for every 9 numbers.
+// Memory-bound: forward writes and the gradient reads the tensor y once, 2 or 4 y.pitch bytes a pixel (41.6 MB for 570
+// x 570 x 64 in bfloat16, 9.7 us of an H200), beside which the image is nothing; the splits write and reduce.cu reads
+// 37 KB each. 18 channels y.pitch FLOPs a pixel, 9 a byte for one channel in bfloat16: half of what the float32 units
+// have time for; of three or four channels it is these that are the limit, as tensor cores, fed 27 numbers with 5
+// zeros, would not be.
 //
 // Geometry: fastunet/backends/cuda/conv3x3_image.py. Tested against PyTorch in float64
 // (tests/emulator/test_conv3x3_image.py).
@@ -107,8 +109,8 @@ struct WeightGradientArguments {
 };
 
 constexpr int kGradientRun = 4;
-constexpr int kGradientThreads =
-    384;  // one block on a multiprocessor: all of its registers hold sums and loads under way
+// One block on a multiprocessor, all of whose registers hold sums and loads under way; whole for 2, 4, 6 or 8 groups.
+constexpr int kGradientThreads = 384;
 
 // A thread sums all nine taps and the bias of 8 outputs and one channel over runs of 4 pixels of a row, reading both
 // tensors from device memory: the gradient once, for no other thread needs it. Grid: (ceil(gradient.pitch / 64),
@@ -125,7 +127,7 @@ KERNEL(conv3x3_image_weight_gradient, WeightGradientArguments, kGradientThreads,
   const int stride = gridDim.z * sharers;
 
   float sums[10][8] = {};  // the taps, then the bias
-  for (int run = sharer < sharers ? blockIdx.z * sharers + sharer : runs; run < runs; run += stride) {
+  for (int run = blockIdx.z * sharers + sharer; run < runs; run += stride) {
     const int image = run / runs_across / gradient.height, row = run / runs_across % gradient.height;
     const int column = run % runs_across * kGradientRun;
     const element* const pixels = x.at(image, row, column, channel);
