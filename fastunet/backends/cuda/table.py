@@ -1,4 +1,4 @@
-"""The table of kernels on a CUDA `Device`: what each operation allocates, and how its kernel is launched.
+"""The table of kernels on a CUDA `Device`: what each operation checks, allocates and launches.
 
 Activations are bfloat16 or float32 by the table's precision, their channels padded to 16; images from outside, of one
 to four channels, are not padded; logits and probabilities are float32 and not padded. Parameters are float32 masters,
@@ -13,150 +13,34 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastunet.backends.cuda.arguments import (
-    TensorArgument,
-    floats,
-    integers,
-    longs,
-    pointers,
-    tensors,
-    unsigned_longs,
+from fastunet.backends.cuda import (
+    conv1x1,
+    conv3x3_fp32,
+    conv3x3_image,
+    conv3x3_sm80,
+    parameters,
+    pointwise,
+    softmax,
+    upconv2x2,
 )
+from fastunet.backends.cuda.arguments import TensorArgument
 from fastunet.backends.cuda.arrays import IMAGE_CHANNELS, Array, Buffer, Storage, padded
 from fastunet.backends.cuda.device import Device, Memory
+from fastunet.backends.cuda.launch import Launch
 
 ABSENT = TensorArgument()
-MOST_BLOCKS = 65535
-"""Along a grid's second and third axes."""
-WEIGHT_PARTS = 128
-"""Stretches in which the weights of a loss are summed (kernels/cross_entropy.cuh)."""
 
-
-class ConvertArguments(ctypes.Structure):
-    _fields_ = tensors("source", "target")
-
-
-class SumArguments(ctypes.Structure):
-    _fields_ = tensors("one", "other", "total")
-
-
-class MaskArguments(ctypes.Structure):
-    _fields_ = tensors("gradient", "output", "masked")
-
-
-class ScaleArguments(ctypes.Structure):
-    _fields_ = [*tensors("source", "scaled"), *floats("factor")]
-
-
-class MaxpoolForwardArguments(ctypes.Structure):
-    _fields_ = tensors("x", "pooled")
-
-
-class MaxpoolBackwardArguments(ctypes.Structure):
-    _fields_ = [*tensors("gradient", "x", "present", "total"), *integers("rectified")]
-
-
-class DropoutArguments(ctypes.Structure):
-    _fields_ = [
-        *tensors("input", "output"),
-        *pointers("steps"),
-        *unsigned_longs("seed", "draw"),
-        *floats("rate"),
-    ]
-
-
-class SgdMomentumArguments(ctypes.Structure):
-    _fields_ = [
-        *pointers("value", "gradient", "momentum", "shadow", "rates"),
-        *longs("count"),
-        *floats("learning_rate", "rate"),
-    ]
-
-
-class Conv1x1ForwardArguments(ctypes.Structure):
-    _fields_ = [*pointers("x", "weight", "bias", "y"), *longs("pixels"), *integers("outputs")]
-
-
-class Conv1x1DataGradientArguments(ctypes.Structure):
-    _fields_ = [
-        *pointers("gradient", "x", "weight", "x_gradient"),
-        *longs("pixels"),
-        *integers("outputs", "rectified"),
-    ]
-
-
-class Conv1x1WeightGradientArguments(ctypes.Structure):
-    _fields_ = [*pointers("gradient", "x", "workspace"), *longs("pixels"), *integers("outputs")]
-
-
-class ReduceArguments(ctypes.Structure):
-    _fields_ = [
-        *pointers("weight_gradient", "bias_gradient", "workspace"),
-        *longs("weights"),
-        *integers("biases", "splits"),
-    ]
-
-
-class WeightSumsArguments(ctypes.Structure):
-    _fields_ = [*pointers("weights", "parts"), *longs("pixels")]
-
-
-class SoftmaxArguments(ctypes.Structure):
-    _fields_ = [*pointers("logits", "probabilities"), *longs("pixels"), *integers("classes")]
-
-
-class CrossEntropyArguments(ctypes.Structure):
-    _fields_ = [
-        *pointers("logits", "logit_gradient", "labels", "weights", "weight_parts", "loss_parts"),
-        *longs("pixels"),
-        *integers("classes"),
-    ]
-
-
-class TotalLossArguments(ctypes.Structure):
-    _fields_ = [*pointers("loss_parts", "weight_parts", "total"), *integers("parts")]
-
-
-class HeadArguments(ctypes.Structure):
-    _fields_ = [
-        *pointers("x", "weight", "bias", "labels", "weights", "weight_parts", "loss_parts"),
-        *pointers("x_gradient", "workspace"),
-        *longs("pixels"),
-        *integers("rectified"),
-    ]
-
-
-@dataclass(frozen=True)
-class ChannelLanes:
-    """How kernels/channel_lanes.cuh shares out pixels of `pitch` stored channels."""
-
-    pitch: int
-
-    @property
-    def lanes(self) -> int:
-        return min(1 << (self.pitch // 8 - 1).bit_length(), 32)
-
-    @property
-    def most_outputs(self) -> int:
-        """Outputs whose weight gradient a block takes at once."""
-        return max(16 // _blocks(self.pitch // 8, self.lanes), 1)
-
-    def blocks(self, pixels: int) -> int:
-        """The most blocks that have a pixel each."""
-        return _blocks(pixels, 128 // self.lanes * 2)
+HeadBackward = Callable[[float, Buffer, Buffer, bool], Array | None]
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Labels and weights of a loss on the device, and what its kernels sum up."""
+    """Labels and weights of a loss on the device, the sums of the weights, and room for those of the loss."""
 
     labels: Memory
     weights: Memory
     weight_parts: Memory
     loss_parts: Memory
-
-
-HeadBackward = Callable[[float, Buffer, Buffer, bool], Array | None]
 
 
 class CudaBackend:
@@ -173,41 +57,15 @@ class CudaBackend:
         self.name = device.name
         self.device = device
         self.bits = {"bf16": 16, "fp32": 32}[precision]
+        self._conv3x3 = {16: conv3x3_sm80, 32: conv3x3_fp32}[self.bits]
+        # The bfloat16 kernels' tiles are chosen by the machine too.
+        self._chosen_by = {16: (device.multiprocessors, device.shared_memory), 32: ()}[self.bits]
 
-    # ---- Launching ------------------------------------------------------------------------------------------------
-
-    def _launch(
-        self,
-        file: str,
-        name: str,
-        arguments: ctypes.Structure,
-        grid: tuple[int, int, int],
-        threads: int = 256,
-        shared_bytes: int = 0,
-        bits: int | None = None,
-        defines: Sequence[str] = (),
-    ) -> None:
-        element = f"-DELEMENT_BITS={bits or self.bits}"
-        kernel = self.device.kernel(file, name, (element, *defines))
-        self.device.launch(kernel, grid, threads, shared_bytes, arguments)
-
-    def _launch_pointwise(
-        self,
-        file: str,
-        name: str,
-        arguments: ctypes.Structure,
-        over: Array,
-        bits: int | None = None,
-        defines: Sequence[str] = (),
-    ) -> None:
-        """Eight channels of a pixel of `over` for each thread (kernels/pointwise.cuh)."""
-        images, height, width, _ = over.shape
-        grid = (
-            _blocks(width * _blocks(over.pitch, 8), 256),
-            min(height, MOST_BLOCKS),
-            min(images, MOST_BLOCKS),
-        )
-        self._launch(file, name, arguments, grid, bits=bits, defines=defines)
+    def _launch(self, launch: Launch, arguments: ctypes.Structure, bits: int | None = None) -> None:
+        """Start a kernel for this table's elements, or for those of `bits`."""
+        defines = (f"-DELEMENT_BITS={bits or self.bits}", *launch.defines)
+        kernel = self.device.kernel(launch.file, launch.kernel, defines)
+        self.device.launch(kernel, launch.grid, launch.threads, launch.shared_bytes, arguments)
 
     # ---- Arrays ---------------------------------------------------------------------------------------------------
 
@@ -229,7 +87,7 @@ class CudaBackend:
         return self._converted(array, 32, array.shape[3])
 
     def _activation(self, array: Array) -> Array:
-        """The array as the convolutions want it."""
+        """The array padded and in this table's precision, as activations are."""
         return self._converted(array, self.bits, padded(array.shape[3]))
 
     def _converted(self, array: Array, bits: int, pitch: int) -> Array:
@@ -238,28 +96,17 @@ class CudaBackend:
         target = Array.allocate(
             self.device, array.shape, bits, pitch, rectified=array.rectified, masked=array.masked
         )
-        self._convert(array, target)
+        arguments = pointwise.ConvertArguments(array.argument(), target.argument())
+        self._launch(pointwise.convert(array.bits, arguments.target), arguments, bits)
         return target
-
-    def _convert(self, source: Array, target: Array) -> None:
-        self._launch_pointwise(
-            "convert.cu",
-            "convert",
-            ConvertArguments(source.argument(), target.argument()),
-            target,
-            bits=target.bits,
-            defines=[f"-DSOURCE_BITS={source.bits}"],
-        )
 
     def copy(self, array: Array) -> Array:
         return self._sum(array, None, array.shape, None)
 
     def scaled(self, array: Array, factor: float) -> Array:
         if factor != 1.0:
-            arguments = ScaleArguments(array.argument(), array.argument(), factor)
-            self._launch_pointwise(
-                "convert.cu", "scale", arguments, array, bits=array.bits, defines=["-DSOURCE_BITS=32"]
-            )
+            arguments = pointwise.ScaleArguments(array.argument(), array.argument(), factor)
+            self._launch(pointwise.combine("scale", arguments.scaled), arguments, array.bits)
         return array
 
     def accumulate(self, one: Array, other: Array, shape: tuple[int, ...]) -> Array:
@@ -274,14 +121,21 @@ class CudaBackend:
         masked = one.masked and (other is None or other.masked)
         if total is None:
             pitch = one.pitch if one.shape == shape else None
-            rectified = one.rectified and other is None
-            total = Array.allocate(self.device, shape, one.bits, pitch, rectified=rectified)
-        arguments = SumArguments(_placed(one, shape), _placed(other, shape), total.argument())
-        self._launch_pointwise(
-            "convert.cu", "sum", arguments, total, bits=total.bits, defines=["-DSOURCE_BITS=32"]
-        )
-        total.masked = masked
+            total = Array.allocate(self.device, shape, one.bits, pitch)
+        arguments = pointwise.SumArguments(_placed(one, shape), _placed(other, shape), total.argument())
+        self._launch(pointwise.combine("sum", arguments.total), arguments, total.bits)
+        total.rectified, total.masked = one.rectified and other is None, masked
         return total
+
+    def _masked(self, gradient: Array, relu_output: Array) -> Array:
+        """A gradient, in place, where the output of its ReLU is not zero."""
+        if not gradient.masked:
+            arguments = pointwise.MaskArguments(
+                gradient.argument(), relu_output.argument(), gradient.argument()
+            )
+            self._launch(pointwise.combine("mask", arguments.masked), arguments)
+            gradient.masked = True
+        return gradient
 
     # ---- Parameters -----------------------------------------------------------------------------------------------
 
@@ -298,30 +152,22 @@ class CudaBackend:
     def read(self, buffer: Buffer) -> np.ndarray:
         return self.device.download(buffer.pointer, (len(buffer),), np.float32)
 
-    def _operand(self, weight: Buffer) -> int:
-        """Where a weight is in the table's precision; from the first call on, all of its storage is."""
+    def _operand(self, weight: Buffer) -> int | None:
+        """Where a weight is in this table's precision; after the first call, all of its storage is."""
         if self.bits == 32:
             return weight.pointer
         if weight.storage.shadow is None:
             count = weight.storage.memory.bytes // 4
             weight.storage.shadow = self.device.allocate(2 * count)
             self._refresh_shadow(Buffer(self.device, weight.storage, 0, count))
-        assert weight.shadow_pointer is not None
         return weight.shadow_pointer
 
     def _refresh_shadow(self, buffer: Buffer) -> None:
-        shape, count = (1, 1, 1, len(buffer)), len(buffer)
-        arguments = ConvertArguments(
-            TensorArgument(buffer.pointer, *shape, count),
-            TensorArgument(buffer.shadow_pointer, *shape, count),
+        flat = (1, 1, 1, len(buffer), len(buffer))
+        arguments = pointwise.ConvertArguments(
+            TensorArgument(buffer.pointer, *flat), TensorArgument(buffer.shadow_pointer, *flat)
         )
-        self._launch(
-            "convert.cu",
-            "convert",
-            arguments,
-            (_blocks(count, 8 * 256), 1, 1),
-            defines=["-DSOURCE_BITS=32"],
-        )
+        self._launch(pointwise.convert(32, arguments.target), arguments)
 
     def packed_size(self, kind: str, inputs: Sequence[int], shape: tuple[int, ...]) -> int:
         if kind == "bias":
@@ -360,7 +206,7 @@ class CudaBackend:
     def sgd_momentum(
         self, value: Buffer, gradient: Buffer, momentum: Buffer, learning_rate: float, rate: float
     ) -> None:
-        arguments = SgdMomentumArguments(
+        arguments = parameters.SgdMomentumArguments(
             value.pointer,
             gradient.pointer,
             momentum.pointer,
@@ -370,60 +216,186 @@ class CudaBackend:
             learning_rate,
             rate,
         )
-        self._launch("sgd_momentum.cu", "sgd_momentum", arguments, (_blocks(len(value), 2048), 1, 1))
+        self._launch(parameters.sgd_momentum(len(value)), arguments)
 
-    # ---- Pooling, dropout -----------------------------------------------------------------------------------------
+    def _workspace(self, splits: int, weight: Buffer, bias: Buffer) -> Memory:
+        """Room for the sums of a weight gradient over the splits of the pixels, [split][weights, biases]."""
+        return self.device.allocate(4 * splits * (len(weight) + len(bias)))
 
-    def maxpool2x2_forward(self, x: Array) -> tuple[Array, Array]:
-        images, height, width, channels = x.shape
-        if height < 2 or width < 2:
-            raise ValueError(
-                f"maxpool2x2 was given an input of shape {x.shape}; it must be at least 2 x 2 pixels"
-            )
-        pooled = Array.allocate(self.device, (images, height // 2, width // 2, channels), x.bits)
-        arguments = MaxpoolForwardArguments(x.argument(), pooled.argument())
-        self._launch_pointwise("maxpool2x2.cu", "maxpool2x2_forward", arguments, pooled)
-        return pooled, x
-
-    def maxpool2x2_backward(
-        self, gradient: Array, choice: Array, height: int, width: int, present: Array | None
-    ) -> Array:
-        """`choice` is the pooling's input: the winners are found again."""
-        if present is not None and present.shape == choice.shape:
-            total = present
-        else:
-            total = Array.allocate(self.device, choice.shape, self.bits)
-        arguments = MaxpoolBackwardArguments(
-            gradient.argument(),
-            choice.argument(),
-            _placed(present, choice.shape),
-            total.argument(),
-            choice.rectified,
+    def _reduce(self, workspace: Memory, splits: int, weight_gradient: Buffer, bias_gradient: Buffer) -> None:
+        weights, biases = len(weight_gradient), len(bias_gradient)
+        arguments = parameters.ReduceArguments(
+            weight_gradient.pointer, bias_gradient.pointer, workspace.pointer, weights, biases, splits
         )
-        quarters = (choice.shape[0], (height + 1) // 2, (width + 1) // 2, choice.shape[3])
-        over = Array(total.memory, quarters, total.pitch, total.bits)
-        self._launch_pointwise("maxpool2x2.cu", "maxpool2x2_backward", arguments, over)
-        total.masked = choice.rectified
-        return total
+        self._launch(parameters.reduce(weights, biases), arguments)
 
-    def dropout(self, x: Array, rate: float, seed: int, draw: int) -> Array:
-        if not 0 <= rate < 1:
-            raise ValueError(f"a dropout rate of {rate:f} was given; 0 <= rate < 1 is expected")
-        # What a ReLU made zero stays zero, and so does a gradient that its mask has.
-        y = Array.allocate(self.device, x.shape, x.bits, x.pitch, rectified=x.rectified, masked=x.masked)
-        arguments = DropoutArguments(x.argument(), y.argument(), None, seed, draw, rate)
-        self._launch_pointwise("dropout.cu", "dropout", arguments, x)
+    # ---- Convolutions ---------------------------------------------------------------------------------------------
+
+    def conv3x3_forward(
+        self, x: Array, skip: Array | None, weight: Buffer, bias: Buffer, outputs: int, relu: bool
+    ) -> Array:
+        return self._conv3x3_forward(x, skip, weight, bias, outputs, relu, pooling=False)[0]
+
+    def conv3x3_maxpool2x2_forward(
+        self, x: Array, weight: Buffer, bias: Buffer, outputs: int
+    ) -> tuple[Array, Array, Array]:
+        y, pooled = self._conv3x3_forward(x, None, weight, bias, outputs, relu=True, pooling=True)
+        if pooled is None:
+            pooled, _ = self.maxpool2x2_forward(y)
+        return y, pooled, y
+
+    def _conv3x3_forward(
+        self,
+        x: Array,
+        skip: Array | None,
+        weight: Buffer,
+        bias: Buffer,
+        outputs: int,
+        relu: bool,
+        pooling: bool,
+    ) -> tuple[Array, Array | None]:
+        """The output and, unless the kernel is the images' own, what it is pooled to where that is wanted."""
+        images, height, width, _ = x.shape
+        if height < 3 or width < 3:
+            raise ValueError(
+                f"conv3x3 was given an input of shape {x.shape}; it must be at least 3 x 3 pixels"
+            )
+        y = Array.allocate(self.device, (images, height - 2, width - 2, outputs), self.bits, rectified=relu)
+        weights = self._operand(weight), bias.pointer
+        if skip is None and x.shape[3] <= IMAGE_CHANNELS:
+            image = conv3x3_image.ForwardArguments(x.argument(), y.argument(), *weights, relu)
+            self._launch(conv3x3_image.forward(image.x, image.y), image)
+            return y, None
+        pooled = self._pooled(y) if pooling else None
+        x, skip, skip_argument = self._conv3x3_input(x, skip)
+        arguments = self._conv3x3.ForwardArguments(
+            skip_argument,
+            x.argument(),
+            y.argument(),
+            ABSENT if pooled is None else pooled.argument(),
+            *weights,
+            relu,
+        )
+        self._launch(self._conv3x3.forward(arguments.y, *self._chosen_by), arguments)
+        return y, pooled
+
+    def conv3x3_backward(
+        self,
+        gradient: Array,
+        x: Array,
+        skip: Array | None,
+        relu_output: Array | None,
+        weight: Buffer,
+        weight_gradient: Buffer,
+        bias_gradient: Buffer,
+        wants_input: bool,
+    ) -> tuple[Array | None, Array | None]:
+        gradient = self._activation(gradient)
+        if relu_output is not None:
+            gradient = self._masked(gradient, relu_output)
+        self._conv3x3_weight_gradient(gradient, x, skip, weight_gradient, bias_gradient)
+        if not wants_input:
+            return None, None
+        x, skip, skip_argument = self._conv3x3_input(x, skip)
+        x_gradient, skip_gradient = self._gradient_of(x, x.shape), None
+        if skip is not None:
+            skip_gradient = self._gradient_of(skip, (*x.shape[:3], skip.shape[3]))
+        data = self._conv3x3.DataGradientArguments(
+            gradient.argument(),
+            skip_argument if skip is not None and skip.rectified else ABSENT,
+            x.argument() if x.rectified else ABSENT,
+            ABSENT if skip_gradient is None else skip_gradient.argument(),
+            x_gradient.argument(),
+            self._operand(weight),
+        )
+        self._launch(self._conv3x3.data_gradient(data.skip_gradient, data.x_gradient, *self._chosen_by), data)
+        return x_gradient, skip_gradient
+
+    def _conv3x3_weight_gradient(
+        self, gradient: Array, x: Array, skip: Array | None, weight_gradient: Buffer, bias_gradient: Buffer
+    ) -> None:
+        arguments: ctypes.Structure
+        if skip is None and x.shape[3] <= IMAGE_CHANNELS:
+            arguments = conv3x3_image.WeightGradientArguments(gradient.argument(), x.argument())
+            launch = conv3x3_image.weight_gradient(
+                arguments.gradient, arguments.x, self.device.multiprocessors
+            )
+        else:
+            x, skip, skip_argument = self._conv3x3_input(x, skip)
+            arguments = self._conv3x3.WeightGradientArguments(
+                gradient.argument(), skip_argument, x.argument()
+            )
+            launch = self._conv3x3.weight_gradient(
+                arguments.gradient, arguments.skip, arguments.x, self.device.multiprocessors
+            )
+        self._sum_weight_gradient(launch, arguments, weight_gradient, bias_gradient)
+
+    def _conv3x3_input(self, x: Array, skip: Array | None) -> tuple[Array, Array | None, TensorArgument]:
+        """Both parts of [centre of skip, x] as the kernels read them, and what these are told of the first."""
+        x = self._activation(x)
+        if skip is None:
+            return x, None, ABSENT
+        skip = self._activation(skip)
+        return x, skip, _crop(skip, x)
+
+    def _gradient_of(self, x: Array, shape: tuple[int, ...]) -> Array:
+        """Room for the gradient of x or its centre, which the kernel masks where x is the output of a ReLU."""
+        return Array.allocate(self.device, shape, self.bits, masked=x.rectified)
+
+    def _sum_weight_gradient(
+        self, launch: Launch, arguments: ctypes.Structure, weight_gradient: Buffer, bias_gradient: Buffer
+    ) -> None:
+        """Launch a weight gradient whose grid's last side is the number of splits, and add what it leaves."""
+        splits = launch.grid[2]
+        workspace = self._workspace(splits, weight_gradient, bias_gradient)
+        arguments.workspace = workspace.pointer
+        self._launch(launch, arguments)
+        self._reduce(workspace, splits, weight_gradient, bias_gradient)
+
+    def upconv2x2_forward(self, x: Array, weight: Buffer, bias: Buffer, outputs: int) -> Array:
+        x = self._activation(x)
+        images, height, width, _ = x.shape
+        y = Array.allocate(self.device, (images, 2 * height, 2 * width, outputs), self.bits)
+        arguments = upconv2x2.ForwardArguments(
+            x.argument(), y.argument(), self._operand(weight), bias.pointer
+        )
+        self._launch(upconv2x2.forward(arguments.x, arguments.y, self.bits), arguments)
         return y
 
-    # ---- 1x1 convolution ------------------------------------------------------------------------------------------
+    def upconv2x2_backward(
+        self,
+        gradient: Array,
+        x: Array,
+        weight: Buffer,
+        weight_gradient: Buffer,
+        bias_gradient: Buffer,
+        wants_input: bool,
+    ) -> Array | None:
+        gradient, x = self._activation(gradient), self._activation(x)
+        arguments = upconv2x2.WeightGradientArguments(gradient.argument(), x.argument())
+        launch = upconv2x2.weight_gradient(
+            arguments.gradient, arguments.x, self.bits, self.device.multiprocessors
+        )
+        self._sum_weight_gradient(launch, arguments, weight_gradient, bias_gradient)
+        if not wants_input:
+            return None
+        x_gradient = self._gradient_of(x, x.shape)
+        data = upconv2x2.DataGradientArguments(
+            gradient.argument(),
+            x.argument() if x.rectified else ABSENT,
+            x_gradient.argument(),
+            self._operand(weight),
+        )
+        self._launch(upconv2x2.data_gradient(data.x_gradient, self.bits), data)
+        return x_gradient
 
     def conv1x1_forward(self, x: Array, weight: Buffer, bias: Buffer, outputs: int) -> Array:
         x = self._activation(x)
         y = Array.allocate(self.device, (*x.shape[:3], outputs), 32, outputs)
-        arguments = Conv1x1ForwardArguments(
+        arguments = conv1x1.ForwardArguments(
             x.pointer, weight.pointer, bias.pointer, y.pointer, x.pixels, outputs
         )
-        self._launch_on_lanes("conv1x1.cu", "conv1x1_forward", arguments, x, 4)
+        self._launch(conv1x1.forward(x.argument(), self.device.multiprocessors), arguments)
         return y
 
     def conv1x1_backward(
@@ -436,107 +408,120 @@ class CudaBackend:
         wants_input: bool,
     ) -> Array | None:
         gradient, x = self._plain(gradient), self._activation(x)
-        outputs, pixels = gradient.shape[3], x.pixels
-        most = ChannelLanes(x.pitch).most_outputs
-        splits = self._splits(x, 2)
-        workspace = self._workspace(splits, weight_gradient, bias_gradient)
-        self._launch_on_lanes(
-            "conv1x1.cu",
-            "conv1x1_weight_gradient",
-            Conv1x1WeightGradientArguments(gradient.pointer, x.pointer, workspace.pointer, pixels, outputs),
-            x,
-            2,
-            shared_bytes=4 * most * (x.pitch + 1),
-            second_axis=_blocks(padded(outputs), most),
+        outputs, multiprocessors = gradient.shape[3], self.device.multiprocessors
+        launch = conv1x1.weight_gradient(x.argument(), outputs, multiprocessors)
+        workspace = self._workspace(launch.grid[0], weight_gradient, bias_gradient)
+        sums = conv1x1.WeightGradientArguments(
+            gradient.pointer, x.pointer, workspace.pointer, x.pixels, outputs
         )
-        self._reduce(workspace, splits, weight_gradient, bias_gradient)
+        self._launch(launch, sums)
+        self._reduce(workspace, launch.grid[0], weight_gradient, bias_gradient)
         if not wants_input:
             return None
-        x_gradient = Array.allocate(self.device, x.shape, self.bits, masked=x.rectified)
-        arguments = Conv1x1DataGradientArguments(
-            gradient.pointer, x.pointer, weight.pointer, x_gradient.pointer, pixels, outputs, x.rectified
+        x_gradient = self._gradient_of(x, x.shape)
+        data = conv1x1.DataGradientArguments(
+            gradient.pointer, x.pointer, weight.pointer, x_gradient.pointer, x.pixels, outputs, x.rectified
         )
-        self._launch_on_lanes("conv1x1.cu", "conv1x1_data_gradient", arguments, x, 4)
+        self._launch(conv1x1.data_gradient(x.argument(), multiprocessors), data)
         return x_gradient
 
-    def _splits(self, x: Array, blocks_per_multiprocessor: int) -> int:
-        most = ChannelLanes(x.pitch).blocks(x.pixels)
-        return min(most, blocks_per_multiprocessor * self.device.multiprocessors)
+    # ---- Pooling, dropout -----------------------------------------------------------------------------------------
 
-    def _launch_on_lanes(
-        self,
-        file: str,
-        name: str,
-        arguments: ctypes.Structure,
-        x: Array,
-        blocks_per_multiprocessor: int,
-        shared_bytes: int = 0,
-        second_axis: int = 1,
-        defines: Sequence[str] = (),
-    ) -> None:
-        """As many blocks as the device holds go over the pixels of `x` (kernels/channel_lanes.cuh)."""
-        grid = (self._splits(x, blocks_per_multiprocessor), second_axis, 1)
-        self._launch(file, name, arguments, grid, 128, shared_bytes, defines=[f"-DPITCH={x.pitch}", *defines])
+    def _pooled(self, x: Array) -> Array:
+        """Room for what x is pooled to."""
+        images, height, width, channels = x.shape
+        if height < 2 or width < 2:
+            raise ValueError(
+                f"maxpool2x2 was given an input of shape {x.shape}; it must be at least 2 x 2 pixels"
+            )
+        return Array.allocate(self.device, (images, height // 2, width // 2, channels), self.bits)
 
-    # ---- Sums of weight gradients over the splits of the pixels ---------------------------------------------------
+    def maxpool2x2_forward(self, x: Array) -> tuple[Array, Array]:
+        pooled = self._pooled(x)
+        arguments = pointwise.MaxpoolForwardArguments(x.argument(), pooled.argument())
+        self._launch(pointwise.maxpool2x2_forward(arguments.pooled), arguments)
+        return pooled, x
 
-    def _workspace(self, splits: int, weight_gradient: Buffer, bias_gradient: Buffer) -> Memory:
-        return self.device.allocate(4 * splits * (len(weight_gradient) + len(bias_gradient)))
-
-    def _reduce(self, workspace: Memory, splits: int, weight_gradient: Buffer, bias_gradient: Buffer) -> None:
-        """Add the workspace's sums, [split][weights, biases], to the gradients."""
-        weights, biases = len(weight_gradient), len(bias_gradient)
-        arguments = ReduceArguments(
-            weight_gradient.pointer, bias_gradient.pointer, workspace.pointer, weights, biases, splits
+    def maxpool2x2_backward(
+        self, gradient: Array, choice: Array, height: int, width: int, present: Array | None
+    ) -> Array:
+        """`choice` is the pooling's input, in which the winners are found again."""
+        if present is not None and present.shape == choice.shape:
+            total = present
+        else:
+            total = Array.allocate(self.device, choice.shape, self.bits)
+        arguments = pointwise.MaxpoolBackwardArguments(
+            gradient.argument(),
+            choice.argument(),
+            _placed(present, choice.shape),
+            total.argument(),
+            choice.rectified,
         )
-        self._launch("reduce.cu", "reduce", arguments, (_blocks(weights + biases, 256), 1, 1), 256, 4096)
+        self._launch(pointwise.maxpool2x2_backward(arguments.total), arguments)
+        total.masked = choice.rectified
+        return total
+
+    def dropout(self, x: Array, rate: float, seed: int, draw: int) -> Array:
+        if not 0 <= rate < 1:
+            raise ValueError(f"a dropout rate of {rate:f} was given; 0 <= rate < 1 is expected")
+        # Zeros stay zeros, those of a ReLU and those of a gradient masked by it.
+        y = Array.allocate(self.device, x.shape, x.bits, x.pitch, rectified=x.rectified, masked=x.masked)
+        arguments = pointwise.DropoutArguments(x.argument(), y.argument(), None, seed, draw, rate)
+        self._launch(pointwise.dropout(arguments.output), arguments)
+        return y
 
     # ---- Loss -----------------------------------------------------------------------------------------------------
 
     def softmax(self, logits: Array) -> Array:
         logits = self._plain(logits)
         probabilities = Array.allocate(self.device, logits.shape, 32, logits.pitch)
-        arguments = SoftmaxArguments(logits.pointer, probabilities.pointer, logits.pixels, logits.shape[3])
-        self._launch("softmax.cu", "softmax", arguments, (_blocks(logits.pixels, 128), 1, 1), 128)
+        arguments = softmax.SoftmaxArguments(
+            logits.pointer, probabilities.pointer, logits.pixels, logits.pitch
+        )
+        self._launch(softmax.softmax(logits.pixels), arguments)
         return probabilities
 
     def softmax_cross_entropy(
         self, logits: Array, labels: np.ndarray, weights: np.ndarray, wants_gradient: bool
     ) -> tuple[float, Array | None]:
         logits = self._plain(logits)
-        classes, pixels = logits.shape[3], logits.pixels
-        blocks = min(_blocks(pixels, 128), 8 * self.device.multiprocessors)
-        truth = self._truth(labels, weights, blocks)
+        launch = softmax.softmax_cross_entropy(logits.pixels, self.device.multiprocessors)
+        truth = self._truth(labels, weights, launch.grid[0])
         gradient = Array.allocate(self.device, logits.shape, 32, logits.pitch) if wants_gradient else None
-        arguments = CrossEntropyArguments(
+        arguments = softmax.CrossEntropyArguments(
             logits.pointer,
             None if gradient is None else gradient.pointer,
             truth.labels.pointer,
             truth.weights.pointer,
             truth.weight_parts.pointer,
             truth.loss_parts.pointer,
-            pixels,
-            classes,
+            logits.pixels,
+            logits.pitch,
         )
-        self._launch("softmax.cu", "softmax_cross_entropy", arguments, (blocks, 1, 1), 128, 1024)
-        return self._total_loss(truth, blocks, classes), gradient
+        self._launch(launch, arguments)
+        return self._total_loss(truth, logits.pitch), gradient
 
-    def _truth(self, labels: np.ndarray, weights: np.ndarray, blocks: int) -> Truth:
-        """The truth on the device, its weights summed, with room for the loss of so many blocks."""
-        pixels = labels.size
-        truth = Truth(*map(self.device.allocate, (4 * pixels, 4 * pixels, 8 * WEIGHT_PARTS, 16 * blocks)))
+    def _truth(self, labels: np.ndarray, weights: np.ndarray, parts: int) -> Truth:
+        """Labels and weights on the device, for a loss that is summed in so many parts."""
+        sizes = 4 * labels.size, 4 * labels.size, 8 * softmax.WEIGHT_PARTS, softmax.LOSS_PART_BYTES * parts
+        truth = Truth(*map(self.device.allocate, sizes))
         self.device.upload(truth.labels.pointer, np.ascontiguousarray(labels, dtype=np.int32))
         self.device.upload(truth.weights.pointer, np.ascontiguousarray(weights, dtype=np.float32))
-        arguments = WeightSumsArguments(truth.weights.pointer, truth.weight_parts.pointer, pixels)
-        self._launch("softmax.cu", "weight_sums", arguments, (WEIGHT_PARTS, 1, 1), 128, 1024)
+        arguments = softmax.WeightSumsArguments(
+            truth.weights.pointer, truth.weight_parts.pointer, labels.size
+        )
+        self._launch(softmax.weight_sums(), arguments)
         return truth
 
-    def _total_loss(self, truth: Truth, blocks: int, classes: int) -> float:
+    def _total_loss(self, truth: Truth, classes: int) -> float:
         total = self.device.allocate(24)
-        arguments = TotalLossArguments(
-            truth.loss_parts.pointer, truth.weight_parts.pointer, total.pointer, blocks
+        arguments = softmax.TotalLossArguments(
+            truth.loss_parts.pointer,
+            truth.weight_parts.pointer,
+            total.pointer,
+            truth.loss_parts.bytes // softmax.LOSS_PART_BYTES,
         )
-        self._launch("softmax.cu", "total_loss", arguments, (1, 1, 1), 128, 1024)
+        self._launch(softmax.total_loss(), arguments)
         loss, weight, invalid = self.device.download(total.pointer, (3,), np.float64)
         if invalid:
             raise ValueError(
@@ -559,23 +544,16 @@ class CudaBackend:
         weights: np.ndarray,
         wants_gradient: bool,
     ) -> tuple[float, HeadBackward | None]:
-        """What the way back needs is given as a function of `head_cross_entropy_backward`'s other arguments."""
+        """What the way back needs comes as a function of `head_cross_entropy_backward`'s other arguments."""
         x = self._activation(x)
-        if outputs > ChannelLanes(x.pitch).most_outputs:
-            logits = self.conv1x1_forward(x, weight, bias, outputs)
-            loss, gradient = self.softmax_cross_entropy(logits, labels, weights, wants_gradient)
-            if gradient is None:
-                return loss, None
-            return loss, lambda factor, weight_gradient, bias_gradient, wants_input: self.conv1x1_backward(
-                self.scaled(gradient, factor), x, weight, weight_gradient, bias_gradient, wants_input
-            )
-        splits = self._splits(x, 2)
+        if outputs > conv1x1.most_outputs(x.pitch):
+            return self._composed_head(x, weight, bias, outputs, labels, weights, wants_gradient)
+        launch = conv1x1.head_cross_entropy(x.argument(), outputs, self.device.multiprocessors)
+        splits = launch.grid[0]
         truth = self._truth(labels, weights, splits)
-        x_gradient = workspace = None
-        if wants_gradient:
-            x_gradient = Array.allocate(self.device, x.shape, self.bits, masked=x.rectified)
-            workspace = self._workspace(splits, weight, bias)
-        arguments = HeadArguments(
+        x_gradient = self._gradient_of(x, x.shape)
+        workspace = self._workspace(splits, weight, bias)
+        arguments = conv1x1.HeadArguments(
             x.pointer,
             weight.pointer,
             bias.pointer,
@@ -583,25 +561,45 @@ class CudaBackend:
             truth.weights.pointer,
             truth.weight_parts.pointer,
             truth.loss_parts.pointer,
-            None if x_gradient is None else x_gradient.pointer,
-            None if workspace is None else workspace.pointer,
+            x_gradient.pointer if wants_gradient else None,
+            workspace.pointer if wants_gradient else None,
             x.pixels,
             x.rectified,
         )
-        shared_bytes = 1024 + 4 * outputs * (x.pitch + 1)
-        self._launch_on_lanes(
-            "head.cu", "head_cross_entropy", arguments, x, 2, shared_bytes, defines=[f"-DCLASSES={outputs}"]
-        )
-        loss = self._total_loss(truth, splits, outputs)
-        if x_gradient is None or workspace is None:
-            return loss, None
-        sums = Array(workspace, (1, 1, splits, len(weight) + len(bias)), len(weight) + len(bias), 32)
+        self._launch(launch, arguments)
+        numbers = len(weight) + len(bias)
+        sums = Array(workspace, (1, 1, splits, numbers), numbers, 32)
 
         def backward(
             factor: float, weight_gradient: Buffer, bias_gradient: Buffer, wants_input: bool
         ) -> Array | None:
             self._reduce(self.scaled(sums, factor).memory, splits, weight_gradient, bias_gradient)
             return self.scaled(x_gradient, factor) if wants_input else None
+
+        return self._total_loss(truth, outputs), backward if wants_gradient else None
+
+    def _composed_head(
+        self,
+        x: Array,
+        weight: Buffer,
+        bias: Buffer,
+        outputs: int,
+        labels: np.ndarray,
+        weights: np.ndarray,
+        wants_gradient: bool,
+    ) -> tuple[float, HeadBackward | None]:
+        """`head_cross_entropy_forward` of more classes than its kernel takes."""
+        logits = self.conv1x1_forward(x, weight, bias, outputs)
+        loss, gradient = self.softmax_cross_entropy(logits, labels, weights, wants_gradient)
+        if gradient is None:
+            return loss, None
+
+        def backward(
+            factor: float, weight_gradient: Buffer, bias_gradient: Buffer, wants_input: bool
+        ) -> Array | None:
+            return self.conv1x1_backward(
+                self.scaled(gradient, factor), x, weight, weight_gradient, bias_gradient, wants_input
+            )
 
         return loss, backward
 
@@ -614,10 +612,6 @@ class CudaBackend:
         wants_input: bool,
     ) -> Array | None:
         return saved(factor, weight_gradient, bias_gradient, wants_input)
-
-
-def _blocks(count: int, size: int) -> int:
-    return -(-count // size)
 
 
 def _pad(values: np.ndarray, *axes: int) -> np.ndarray:
@@ -633,3 +627,11 @@ def _placed(array: Array | None, shape: tuple[int, ...]) -> TensorArgument:
     if array is None:
         return ABSENT
     return array.argument(-((shape[1] - array.shape[1]) // 2), -((shape[2] - array.shape[2]) // 2))
+
+
+def _crop(skip: Array, x: Array) -> TensorArgument:
+    """The skip connection, beginning where x lies in its middle."""
+    top, left = ((skip.shape[axis] - x.shape[axis]) // 2 for axis in (1, 2))
+    if skip.shape[0] != x.shape[0] or top < 0 or left < 0:
+        raise ValueError(f"the skip connection has shape {skip.shape}, too small to be cropped to {x.shape}")
+    return skip.argument(top, left)
