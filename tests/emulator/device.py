@@ -20,6 +20,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "kernels"
 POISON = 0xFF
+SANITIZE = "FASTUNET_EMULATOR_SANITIZE" in os.environ  # kernels are built for AddressSanitizer; see below
 MAP_FIXED = 0x10  # which mmap does not name
 SHARED_KIBIBYTES = {
     "sm_80": 163,
@@ -35,9 +36,13 @@ FLAGS = (
     "-ffp-contract=off",  # the same sums on every processor
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{KERNELS}"),
 )
-# Every load and store calls machine.cpp, which follows shared memory; AddressSanitizer takes the place of that.
+# Every load and store calls machine.cpp, which follows shared memory; so does what C++ does not define (without the
+# checks that cost most and find what faults anyway). AddressSanitizer excludes the former and has all of the latter.
 CHECKS = {
-    False: ("-fsanitize=thread,undefined", "--param=tsan-instrument-func-entry-exit=0"),
+    False: (
+        *("-fsanitize=thread,undefined", "--param=tsan-instrument-func-entry-exit=0"),
+        "-fno-sanitize=object-size,pointer-overflow,null",
+    ),
     True: ("-fsanitize=address,undefined",),
 }
 
@@ -82,11 +87,8 @@ def _map(place: int | None, count_bytes: int, flags: int) -> int:
 _running = threading.Lock()  # the emulated machine is one, and so are a process's signal handlers
 
 
-SANITIZE = "FASTUNET_EMULATOR_SANITIZE" in os.environ
-
-
 def sanitizer_environment() -> dict[str, str]:
-    """The environment of a process in which kernels run under AddressSanitizer."""
+    """The environment in which a process can load kernels built for AddressSanitizer, and does."""
     library = subprocess.run(
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     )
@@ -98,7 +100,11 @@ def sanitizer_environment() -> dict[str, str]:
 
 
 class Memory:
-    """Device memory whose last byte (to a multiple of 16) is followed by a page that faults; full of poison."""
+    """Device memory full of poison, between pages that fault: its last 16 bytes end where one begins.
+
+    Under AddressSanitizer every byte beside it is forbidden. Its addresses are never given out again, so that whoever
+    still uses them when it is freed faults.
+    """
 
     def __init__(self, count_bytes: int) -> None:
         page = mmap.PAGESIZE
@@ -110,12 +116,18 @@ class Memory:
         ctypes.memset(start + page, POISON, inner)
         self.pages = range(start + page, start + page + inner)
         self.pointer = self.pages.stop - padded
-        # Its addresses are never given out again, so that whoever still uses them faults.
+        if SANITIZE:
+            _libc["__asan_poison_memory_region"](ctypes.c_void_p(start), ctypes.c_size_t(inner + 2 * page))
+            _libc["__asan_unpoison_memory_region"](
+                ctypes.c_void_p(self.pointer), ctypes.c_size_t(count_bytes)
+            )
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
         weakref.finalize(self, _map, start + page, inner, flags).atexit = False
 
     def is_kept(self) -> bool:
         """Whether nothing was written to the pages beside the memory itself."""
+        if SANITIZE:
+            return True  # or the process would have ended
         before = ctypes.string_at(self.pages.start, self.pointer - self.pages.start)
         end = self.pointer + self.bytes
         behind = ctypes.string_at(end, self.pages.stop - end)
@@ -140,21 +152,16 @@ class EmulatorDevice:
         Whose shared memory a block may have.
     kernels
         Folder of the kernels' sources.
-    sanitize
-        Build with AddressSanitizer and UBSan; the process must have been started with libasan (see test_sanitized).
     seed
         Of the order in which blocks, warps and lanes take turns.
     """
 
-    def __init__(
-        self, architecture: str = "sm_80", kernels: Path = KERNELS, sanitize: bool = SANITIZE, seed: int = 0
-    ) -> None:
+    def __init__(self, architecture: str = "sm_80", kernels: Path = KERNELS, seed: int = 0) -> None:
         self.name = "emulator"
         self.architecture = architecture
         self.multiprocessors = 4
         self.shared_memory = SHARED_KIBIBYTES[architecture.rstrip("af")] * 1024
         self.kernels = kernels
-        self.sanitize = sanitize
         self.seed = seed
         self._memories: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
         self._built: dict[tuple[str, str, tuple[str, ...]], Kernel] = {}
@@ -182,7 +189,7 @@ class EmulatorDevice:
     def kernel(self, file: str, name: str, defines: tuple[str, ...] = ()) -> Kernel:
         key = (file, name, defines)
         if key not in self._built:
-            library = build(self.kernels / file, defines, self.sanitize)
+            library = build(self.kernels / file, defines)
             entry = getattr(ctypes.CDLL(str(library)), f"emulate_{name}")
             entry.restype = ctypes.c_bool
             entry.argtypes = [ctypes.POINTER(Launch), ctypes.c_void_p, ctypes.POINTER(Failure)]
@@ -241,17 +248,17 @@ def _line(library: Path, instruction: int) -> str:
     return f" ({', from '.join(line.rpartition('/')[2] for line in lines)})"
 
 
-def build(source: Path, defines: tuple[str, ...], sanitize: bool) -> Path:
+def build(source: Path, defines: tuple[str, ...]) -> Path:
     """Compile a kernel file with these defines, unless the same sources and flags were before; return the library.
 
     Many processes may build at once: each writes a name of its own and renames it when it is whole.
     """
-    address = ("-fsanitize=address",) if sanitize else ()
+    address = ("-fsanitize=address",) if SANITIZE else ()
     objects = [
         _compiled((HERE / name,), (*FLAGS, "-O3", *address, "-c"), ".o")
         for name in ("machine.cpp", "warp.cpp")
     ]
-    flags = (*FLAGS, "-O2", "-DFASTUNET_EMULATOR", *defines, *CHECKS[sanitize], "-c", "-x", "c++")
+    flags = (*FLAGS, "-O2", "-DFASTUNET_EMULATOR", *defines, *CHECKS[SANITIZE], "-c", "-x", "c++")
     kernels = _compiled((source,), flags, ".o")
     return _compiled((kernels, *objects), ("-shared", *address), ".so")
 
@@ -262,6 +269,8 @@ def _compiled(inputs: tuple[Path, ...], flags: tuple[str, ...], suffix: str) -> 
         digest.update(file.name.encode() + file.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"fastunet-emulator-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user, whose code this would run")
     built = folder / f"{inputs[0].stem.partition('-')[0]}-{digest.hexdigest()[:24]}{suffix}"
     if not built.exists():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:

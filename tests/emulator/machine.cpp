@@ -43,7 +43,7 @@ constexpr unsigned char poison = 0xFF;  // in every element type it is NaN, or t
 constexpr std::size_t stack_bytes = 128 << 10;
 
 struct Fiber {
-  unsigned char* stack = nullptr;  // its lowest byte; of the fiber that launches, nullptr until one has left it
+  unsigned char* stack = nullptr;  // its lowest byte; the host's is unknown until another fiber asks for it
   std::size_t bytes = 0;
   void* place = nullptr;
 };
@@ -118,7 +118,7 @@ struct Copy {
 struct Thread {
   Fiber fiber;
   Site site;                   // where it waits
-  const Operation* operation;  // what for; nullptr at a barrier
+  const Operation* operation;  // what for, unless it is a barrier
   unsigned mask;               // with which lanes
   void* operand;
   std::vector<Copy> copies;  // issued and not landed, in order
@@ -270,8 +270,13 @@ void run_another() {
 
 void thread_main() {
 #ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(nullptr, machine.host.stack == nullptr ? (const void**)&machine.host.stack : nullptr,
-                                  machine.host.bytes == 0 ? &machine.host.bytes : nullptr);
+  const void* stack;
+  std::size_t bytes;
+  __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
+  if (machine.host.stack == nullptr) {  // this is the launch's first fiber
+    machine.host.stack = static_cast<unsigned char*>(const_cast<void*>(stack));
+    machine.host.bytes = bytes;
+  }
 #endif
   machine.kernel->thread(machine.arguments);
   machine.warps[machine.current / 32].exited |= 1u << machine.current % 32;
@@ -386,9 +391,9 @@ class FaultHandler {
 struct Touch {
   std::uint32_t interval;
   std::uint16_t synchronized;
-  std::uint16_t by;  // a thread, or one of these
+  std::uint16_t by;  // a thread, or lanes_of + its warp, or several_warps; + in_flight until a cp_async_16 has landed
 };
-constexpr std::uint16_t lanes_of = 1024, several_warps = 2047, in_flight = 2048;  // + warp; ; + thread
+constexpr std::uint16_t lanes_of = 1024, several_warps = 2047, in_flight = 2048;
 
 constexpr int most_shared_bytes = 228 << 10;
 Touch writers[most_shared_bytes / 2], readers[most_shared_bytes / 2];
@@ -500,6 +505,7 @@ bool launch(const Kernel& kernel, const Launch& launch, const void* arguments, F
   machine.shared_pages_end = pages.begin + pages.bytes;
   machine.shared = machine.shared_pages_end - (launch.shared_bytes + 1023) / 1024 * 1024;  // aligned to 1024
   machine.shared_end = machine.shared + launch.shared_bytes;
+  machine.host = {};
   machine.kernel = &kernel;
   machine.launch = &launch;
   machine.arguments = arguments;
