@@ -2,29 +2,27 @@
 // each (and eight more kLanes * 8 further, kChunks times), so that a warp reads whole pixels in 16-byte pieces, a sum
 // over channels is a few shuffles, and a lane keeps the weight gradient of its own channels in registers.
 //
-// Built with PITCH, the input's pitch. Weights, their gradients and biases are float32, [outputs padded to 16][inputs
-// padded to 16]. Blocks of kThreads threads go over the pixels in steps of the whole grid, two pixels a lane
-// at a time.
+// Built with PITCH, a multiple of 16. Weights, their gradients and biases are float32, [outputs padded to 16][PITCH].
+// Blocks of kThreads threads go over the pixels in steps of the whole grid, two pixels a lane at a time.
 #pragma once
 
 #include "tensor.cuh"
 
 constexpr int kThreads = 128;
-constexpr int kInputs = (PITCH + 15) / 16 * 16;
-constexpr int kGroups = kInputs / 8;
+constexpr int kGroups = PITCH / 8;
 constexpr int kLanes = kGroups <= 2 ? 2 : kGroups <= 4 ? 4 : kGroups <= 8 ? 8 : kGroups <= 16 ? 16 : 32;
 constexpr int kChunks = (kGroups + kLanes - 1) / kLanes;
 constexpr int kPixels = 2;
 constexpr int kPixelsOfABlock = kThreads / kLanes * kPixels;
 // Outputs whose weight gradient a lane holds: 64 registers.
 constexpr int kMostOutputs = 8 / kChunks;
-static_assert(PITCH <= 1024, "so many channels do not fit into a warp's registers");
+static_assert(PITCH % 16 == 0 && PITCH <= 1024, "more channels do not fit into a warp's registers");
 
 struct Channels {
   float values[kChunks][8];
 };
 
-// First of the eight channels of a chunk that are this lane's; from kInputs on it has none.
+// First of the eight channels of a chunk that are this lane's; from PITCH on it has none.
 __device__ __forceinline__ int first_channel(int chunk) {
   return (chunk * kLanes + static_cast<int>(threadIdx.x) % kLanes) * 8;
 }
@@ -35,21 +33,12 @@ __device__ __forceinline__ long long pixel_of(long long first, int which) {
 }
 
 // Zeros for a pixel that is none.
-template <typename T>
-__device__ __forceinline__ Channels load_pixel(const T* data, long long pixel, bool valid) {
+__device__ __forceinline__ Channels load_pixel(const element* data, long long pixel, bool valid) {
   Channels x = {};
   UNROLL
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     const int channel = first_channel(chunk);
-    const T* const place = data + pixel * PITCH + channel;
-    if constexpr (PITCH % 8 == 0) {
-      if (valid && channel < PITCH) load8(x.values[chunk], place);
-    } else {
-      UNROLL
-      for (int i = 0; i < 8; ++i) {
-        if (valid && channel + i < PITCH) x.values[chunk][i] = to_float(place[i]);
-      }
-    }
+    if (valid && channel < PITCH) load8(x.values[chunk], data + pixel * PITCH + channel);
   }
   return x;
 }
@@ -60,19 +49,11 @@ __device__ __forceinline__ void store_gradient(element* data, long long pixel, C
   UNROLL
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     const int channel = first_channel(chunk);
-    element* const place = data + pixel * PITCH + channel;
     UNROLL
     for (int i = 0; i < 8; ++i) {
       if (rectified && !(x.values[chunk][i] > 0.0f)) gradient.values[chunk][i] = 0.0f;
     }
-    if constexpr (PITCH % 8 == 0) {
-      if (channel < PITCH) store8(place, gradient.values[chunk]);
-    } else {
-      UNROLL
-      for (int i = 0; i < 8; ++i) {
-        if (channel + i < PITCH) store(place + i, gradient.values[chunk][i]);
-      }
-    }
+    if (channel < PITCH) store8(data + pixel * PITCH + channel, gradient.values[chunk]);
   }
 }
 
@@ -81,7 +62,7 @@ __device__ __forceinline__ Channels load_weight(const float* row) {
   Channels weight = {};
   UNROLL
   for (int chunk = 0; chunk < kChunks; ++chunk) {
-    if (first_channel(chunk) < kInputs) load8(weight.values[chunk], row + first_channel(chunk));
+    if (first_channel(chunk) < PITCH) load8(weight.values[chunk], row + first_channel(chunk));
   }
   return weight;
 }
@@ -124,8 +105,8 @@ struct WeightGradient {
     bias[output] += gradient;
   }
 
-  // Into rows `first` to `end` - 1 of this block's part of the workspace, [rows][kInputs] weights and then `rows`
-  // biases; zeros into those beyond `outputs`. shared: outputs * (kInputs + 1) floats, free to write.
+  // Into rows `first` to `end` - 1 of this block's part of the workspace, [rows][PITCH] weights and then `rows`
+  // biases; zeros into those beyond `outputs`. shared: outputs * (PITCH + 1) floats, free to write.
   __device__ __forceinline__ void write(float* workspace, int first, int end, int rows, float* shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     UNROLL
@@ -152,21 +133,21 @@ struct WeightGradient {
           UNROLL
           for (int i = 0; i < 8; ++i) {
             const int channel = first_channel(chunk) + i;
-            float* const sum = shared + k * kInputs + channel;
-            if (channel < kInputs) *sum = (turn == 0 ? 0.0f : *sum) + weight[k].values[chunk][i];
+            float* const sum = shared + k * PITCH + channel;
+            if (channel < PITCH) *sum = (turn == 0 ? 0.0f : *sum) + weight[k].values[chunk][i];
           }
         }
-        float* const sum = shared + outputs * kInputs + k;
+        float* const sum = shared + outputs * PITCH + k;
         if (lane == 0) *sum = (turn == 0 ? 0.0f : *sum) + bias[k];
       }
     }
     __syncthreads();
-    float* const part = workspace + static_cast<long long>(blockIdx.x) * rows * (kInputs + 1);
-    for (int i = threadIdx.x; i < (end - first) * kInputs; i += kThreads) {
-      part[first * kInputs + i] = i < outputs * kInputs ? shared[i] : 0.0f;
+    float* const part = workspace + static_cast<long long>(blockIdx.x) * rows * (PITCH + 1);
+    for (int i = threadIdx.x; i < (end - first) * PITCH; i += kThreads) {
+      part[first * PITCH + i] = i < outputs * PITCH ? shared[i] : 0.0f;
     }
     for (int k = threadIdx.x; k < end - first; k += kThreads) {
-      part[rows * kInputs + first + k] = k < outputs ? shared[outputs * kInputs + k] : 0.0f;
+      part[rows * PITCH + first + k] = k < outputs ? shared[outputs * PITCH + k] : 0.0f;
     }
   }
 };

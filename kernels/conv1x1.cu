@@ -5,12 +5,12 @@
 //   conv1x1_data_gradient     x_gradient = W' g, zero where `rectified` and x is not positive
 //   conv1x1_weight_gradient   each block's sums of g x' and g, for kernels/reduce.cu to add up in a fixed order
 //
-// x and x_gradient are whole tensors of one pitch, PITCH, any up to 1024; any K. Weight float32, [K padded to 16][PITCH
-// padded to 16], products in float32 of the elements as they are stored. `workspace` is [grid.x][weights, biases].
+// x and x_gradient are whole tensors of one pitch, PITCH, a multiple of 16 up to 1024; any K. Weight float32, [K padded
+// to 16][PITCH], products in float32 of the elements as they are stored. `workspace` is [grid.x][weights, biases].
 //
 // Built with PITCH; channel_lanes.cuh says how a pixel lies on the lanes, and what kMostOutputs and kPixelsOfABlock
 // are. Blocks of 128 threads; grid.x is any number up to ceil(pixels / kPixelsOfABlock), in the weight gradient the
-// splits; its grid.y = K padded to 16 / kMostOutputs, shared memory 4 kMostOutputs (kInputs + 1) bytes.
+// splits; its grid.y = K padded to 16 / kMostOutputs, shared memory 4 kMostOutputs (PITCH + 1) bytes.
 //
 // Cost a pixel: C elements and 4 K bytes each way (the weight gradient reads x once for kMostOutputs outputs), 2 C K
 // FLOP each. Tested against PyTorch in float64 (tests/emulator/test_conv1x1.py).
@@ -34,7 +34,7 @@ KERNEL(conv1x1_forward, Conv1x1ForwardArguments, 128, 4) {
       x[p] = load_pixel(arguments.x, pixel_of(first, p), pixel_of(first, p) < arguments.pixels);
     }
     for (int k = 0; k < arguments.outputs; ++k) {
-      const Channels weight = load_weight(arguments.weight + k * kInputs);
+      const Channels weight = load_weight(arguments.weight + k * PITCH);
       UNROLL
       for (int p = 0; p < kPixels; ++p) {
         const long long pixel = pixel_of(first, p);
@@ -62,7 +62,7 @@ KERNEL(conv1x1_data_gradient, Conv1x1DataGradientArguments, 128, 4) {
        first += static_cast<long long>(gridDim.x) * kPixelsOfABlock) {
     Channels sum[kPixels] = {};
     for (int k = 0; k < arguments.outputs; ++k) {
-      const Channels weight = load_weight(arguments.weight + k * kInputs);
+      const Channels weight = load_weight(arguments.weight + k * PITCH);
       UNROLL
       for (int p = 0; p < kPixels; ++p) {
         const long long pixel = pixel_of(first, p);
@@ -87,7 +87,7 @@ struct Conv1x1WeightGradientArguments {
   int outputs;
 };
 
-KERNEL(conv1x1_weight_gradient, Conv1x1WeightGradientArguments, 128, 2) {
+KERNEL(conv1x1_weight_gradient, Conv1x1WeightGradientArguments, 128, 4) {
   SHARED_MEMORY(shared);
   const int output = blockIdx.y * kMostOutputs, rows = (arguments.outputs + 15) / 16 * 16;
   WeightGradient<kMostOutputs> sums;

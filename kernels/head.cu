@@ -7,15 +7,15 @@
 //   biases], for kernels/reduce.cu to add up in a fixed order
 //
 // x and x_gradient are whole tensors of PITCH stored channels; x_gradient and workspace may be null. Weight float32,
-// [CLASSES padded to 16][PITCH padded to 16], zero in the padding; logits are shifted by their largest, so that any
-// finite ones are safe. A pixel of weight 0 counts for nothing, whatever its label; one that has a weight and the label
-// of no class is counted, and its gradient is 0. kernels/softmax.cu sums the weights before (weight_sums) and the loss
-// after (total_loss).
+// [CLASSES padded to 16][PITCH], zero in the padding; logits are shifted by their largest, so that any finite ones are
+// safe. A pixel of weight 0 counts for nothing, whatever its label; one that has a weight and the label of no class is
+// counted, and its gradient is 0. kernels/softmax.cu sums the weights before (weight_sums) and the loss after
+// (total_loss).
 //
-// Built with PITCH and CLASSES, at most kMostOutputs: 8 for up to 256 channels, 2048 / PITCH up to 1024 (a lane has
-// the weight gradient in registers); conv1x1.cu and softmax.cu together do the rest. Blocks of 128 threads; grid.x is
-// any number up to ceil(pixels / kPixelsOfABlock), channel_lanes.cuh; shared memory 1024 + 4 CLASSES (kInputs + 1)
-// bytes.
+// Built with PITCH and CLASSES, at most kMostOutputs: 8 for up to 256 channels, 2048 / PITCH up to 1024 (a lane has the
+// weight gradient in registers); conv1x1.cu and softmax.cu together do the rest. Blocks of 128 threads; grid.x is any
+// number up to ceil(pixels / kPixelsOfABlock), channel_lanes.cuh; up to 3 classes of up to 256 channels leave room for
+// four blocks on a multiprocessor. Shared memory 1024 + 4 CLASSES (PITCH + 1) bytes.
 //
 // Cost a pixel: C elements read, C written, and 8 bytes; 6 C K FLOP. Tested against PyTorch in float64
 // (tests/emulator/test_head.py).
@@ -39,7 +39,7 @@ struct HeadArguments {
   int rectified;
 };
 
-// The loss of a pixel, and the gradient of its logits in their place; zeros unless it counts.
+// The loss of a pixel before its weight, and the gradient of its logits in their place; zeros unless it counts.
 __device__ __forceinline__ float cross_entropy(float (&logits)[CLASSES], int label, bool counts, float factor) {
   float largest = logits[0], sum = 0.0f, labelled = 0.0f;
   UNROLL
@@ -56,7 +56,7 @@ __device__ __forceinline__ float cross_entropy(float (&logits)[CLASSES], int lab
     logits[k] = counts ? (logits[k] / sum - (k == label ? 1.0f : 0.0f)) * factor : 0.0f;
   }
   // Both terms are positive: nothing cancels, however large the logits.
-  return counts ? logf(sum) - labelled : 0.0f;
+  return logf(sum) - labelled;
 }
 
 KERNEL(head_cross_entropy, HeadArguments, 128, 2) {
@@ -64,8 +64,8 @@ KERNEL(head_cross_entropy, HeadArguments, 128, 2) {
   double* const sums = reinterpret_cast<double*>(shared);
   float* const weight = reinterpret_cast<float*>(sums + kThreads);
   const float scale = static_cast<float>(1.0 / sum_of_weights<kThreads>(arguments.weight_parts, sums));
-  for (int i = threadIdx.x; i < CLASSES * kInputs; i += kThreads) weight[i] = arguments.weight[i];
-  if (threadIdx.x < CLASSES) weight[CLASSES * kInputs + threadIdx.x] = arguments.bias[threadIdx.x];
+  for (int i = threadIdx.x; i < CLASSES * PITCH; i += kThreads) weight[i] = arguments.weight[i];
+  if (threadIdx.x < CLASSES) weight[CLASSES * PITCH + threadIdx.x] = arguments.bias[threadIdx.x];
   __syncthreads();
 
   WeightGradient<CLASSES> weight_gradient;
@@ -86,9 +86,9 @@ KERNEL(head_cross_entropy, HeadArguments, 128, 2) {
     }
     UNROLL
     for (int k = 0; k < CLASSES; ++k) {
-      const Channels row = load_weight(weight + k * kInputs);
+      const Channels row = load_weight(weight + k * PITCH);
       UNROLL
-      for (int p = 0; p < kPixels; ++p) logits[p][k] = product(x[p], row) + weight[CLASSES * kInputs + k];
+      for (int p = 0; p < kPixels; ++p) logits[p][k] = product(x[p], row) + weight[CLASSES * PITCH + k];
     }
     UNROLL
     for (int p = 0; p < kPixels; ++p) {
@@ -103,7 +103,7 @@ KERNEL(head_cross_entropy, HeadArguments, 128, 2) {
     Channels gradient[kPixels] = {};
     UNROLL
     for (int k = 0; k < CLASSES; ++k) {
-      const Channels row = load_weight(weight + k * kInputs);
+      const Channels row = load_weight(weight + k * PITCH);
       UNROLL
       for (int p = 0; p < kPixels; ++p) add_multiple(gradient[p], logits[p][k], row);
     }

@@ -7,7 +7,7 @@ import torch
 from emulator.tensors import DeviceTensor, assert_close, empty, put, put_flat, rounded, run
 from fastunet.backends.cuda import conv1x1, parameters
 
-CASES = [(1, 1, 1, 1, 2), (2, 7, 5, 20, 3), (1, 44, 31, 64, 2), (1, 6, 6, 16, 40), (1, 5, 7, 600, 9)]
+CASES = [(1, 1, 1, 1, 2), (2, 23, 15, 40, 3), (1, 6, 6, 16, 40), (1, 5, 7, 600, 9)]
 
 
 def padded(count: int) -> int:
