@@ -138,13 +138,14 @@ def test_forward(rng, case, relu):
         )
 
 
-def test_forward_does_not_hide_a_value_that_is_no_number(rng):
+@pytest.mark.parametrize("corner", [0, -1])  # the first of its pooling window, and the last
+def test_forward_does_not_hide_a_value_that_is_no_number(rng, corner):
     given = Convolution(rng, ("sm_80", 1, 6, 6, 16, 0, 16))
     values = given.x.numpy()
-    values[0, 5, 5, 3] = np.nan  # of y, only the last pixel sees it
+    values[0, corner, corner, 3] = np.nan  # of y, only this corner sees it
     given.x = put(given.device, values, 16)
     for found in given.forward(relu=True, pools=True):
-        assert np.isnan(found.numpy()[0, -1, -1]).all() and np.isnan(found.numpy()).sum() == 16
+        assert np.isnan(found.numpy()[0, corner, corner]).all() and np.isnan(found.numpy()).sum() == 16
 
 
 @pytest.mark.parametrize("rectified", [False, True])
