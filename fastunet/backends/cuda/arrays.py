@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from fastunet.backends.cuda.arguments import TensorArgument
 from fastunet.backends.cuda.device import Device, Memory
 
@@ -116,6 +114,3 @@ class Buffer:
         if place is not ... or value != 0:
             raise ValueError("a buffer on a CUDA device can be set to zero as a whole only: buffer[...] = 0")
         self.device.zero(self.pointer, 4 * self.count)
-
-    def numpy(self) -> np.ndarray:
-        return self.device.download(self.pointer, (self.count,), np.float32)
