@@ -86,10 +86,20 @@ def run(device: Any, launch: Launch, bits: int, arguments: ctypes.Structure) -> 
 
 
 def assert_close(
-    found: np.ndarray, expected: np.ndarray, tolerance: float, bits: int = 32, what: str = ""
+    found: np.ndarray,
+    expected: np.ndarray,
+    tolerance: float,
+    bits: int = 32,
+    what: str = "",
+    terms: np.ndarray | None = None,
 ) -> None:
-    """Errors of at most `tolerance` of the largest expected value, and of bfloat16's rounding of each."""
+    """Errors of at most `tolerance` of the largest expected value, and of bfloat16's rounding of each.
+
+    With `terms`, the sums of the absolute values of what each result is the sum of, errors are relative to the largest
+    of those: few results may all be small by cancellation.
+    """
     assert found.shape == expected.shape, what
-    allowed = tolerance * (np.abs(expected).max() or 1.0) + (2**-8 * np.abs(expected) if bits == 16 else 0)
+    scale = np.abs(expected if terms is None else terms).max() or 1.0
+    allowed = tolerance * scale + (2**-8 * np.abs(expected) if bits == 16 else 0)
     excess = np.abs(found - expected) - allowed
     assert (excess <= 0).all(), f"{what}: beyond what is allowed by {excess.max():.2e}"

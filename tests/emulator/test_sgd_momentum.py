@@ -1,6 +1,6 @@
 """kernels/sgd_momentum.cu against torch.optim.SGD in float64.
 
-Two roundings of float32 for each of momentum and value: 1e-6 of the largest.
+Gradients and values are of order one, at most about five: a few roundings of float32 of those are 2e-6.
 """
 
 import math
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from emulator.tensors import assert_close, put_flat, run, to_bfloat16
+from emulator.tensors import put_flat, run, to_bfloat16
 from fastunet.backends.cuda import parameters
 
 
@@ -40,9 +40,11 @@ def test_two_steps(device, rng, count, bits, where):
         )
         run(device, parameters.sgd_momentum(count), bits, arguments)
     found = device.download(value.pointer, (count,), np.float32)
-    assert_close(found, parameter.detach().numpy(), 1e-6, what="value")
+    np.testing.assert_allclose(found, parameter.detach().numpy(), rtol=0, atol=2e-6)
     expected = optimizer.state[parameter]["momentum_buffer"].numpy()
-    assert_close(device.download(momentum.pointer, (count,), np.float32), expected, 1e-6, what="momentum")
+    np.testing.assert_allclose(
+        device.download(momentum.pointer, (count,), np.float32), expected, rtol=0, atol=2e-6
+    )
     if shadow is not None:
         kept = device.download(shadow.pointer, (count,), np.uint16)
         np.testing.assert_array_equal(kept, to_bfloat16(found))

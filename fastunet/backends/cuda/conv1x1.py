@@ -45,14 +45,15 @@ def data_gradient(x: TensorArgument, multiprocessors: int) -> Launch:
 def weight_gradient(x: TensorArgument, outputs: int, multiprocessors: int) -> Launch:
     """Launch of conv1x1_weight_gradient; its grid's first side is the number of splits."""
     most = most_outputs(x.pitch)
-    launch = _over_pixels("conv1x1.cu", "conv1x1_weight_gradient", x, 2 * multiprocessors)
+    launch = _over_pixels("conv1x1.cu", "conv1x1_weight_gradient", x, 4 * multiprocessors)
     grid = launch.grid[0], blocks(padded(outputs), most), 1
     return launch._replace(grid=grid, shared_bytes=4 * most * (x.pitch + 1))
 
 
 def head_cross_entropy(x: TensorArgument, classes: int, multiprocessors: int) -> Launch:
     """Launch of head_cross_entropy, for `most_outputs` classes at most; its grid's first side is how many splits."""
-    launch = _over_pixels("head.cu", "head_cross_entropy", x, 2 * multiprocessors)
+    resident = 4 if classes < 4 and x.pitch <= 256 else 2  # by the registers of each class
+    launch = _over_pixels("head.cu", "head_cross_entropy", x, resident * multiprocessors)
     defines = (*launch.defines, f"-DCLASSES={classes}")
     return launch._replace(defines=defines, shared_bytes=8 * THREADS + 4 * classes * (x.pitch + 1))
 
