@@ -16,17 +16,18 @@
 // A block computes TILE_ROWS x 16 pixels of TILE_OUTPUTS channels. For 32 channels at a time the tile of the source
 // with its border of two pixels lies in shared memory, twice, and serves all nine taps; the weights of the three taps
 // of a column, dx, stream through a ring of STAGES buffers, so that both are on their way while the tensor cores work.
-// A warp computes 8 x 8 pixels of 32 channels. It loads 8 pixels of a row at a time, half an operand of mma: ten rows
-// loaded serve the three taps dy of eight, for any two rows side by side make a whole one. Where a tile has work for
+// A warp computes 8 x 8 pixels of 32 channels. Its operands of mma are eight pixels of row i and eight of row i + 4:
+// six of them serve the three taps dy of all eight rows as ldmatrix left them in registers. Where a tile has work for
 // four warps only, the other four take the second half of the 32 channels, and the two sums are added at the end.
 //
 // Defines: TILE_ROWS = 16 or 8, TILE_OUTPUTS = 64, 32 or 16 (8 rows: 64 only), STAGES = 2 to 4. Geometry:
 // fastunet/backends/cuda/conv3x3_sm80.py.
 //
 // Cost: 18 in out FLOPs a pixel. A block of 16 x 16 x 64 fetches 57.6 KB (20.7 of pixels, 36.9 of weights) for 9.4
-// MFLOP, 164 FLOP a byte of L2: 1.9 TB/s at the full 312 TFLOP/s of an A100, 3.0 at the 490 that mma.sync reaches on an
-// H200 (its own, wgmma, 790). Of shared memory's cycles a warp asks 11 ldmatrix of 4 for 48 mma.sync of 2 (1.6 on
-// Hopper): half of them, 0.57 there. Two blocks share a multiprocessor where shared memory is large enough.
+// MFLOP, 164 FLOP a byte of L2: 1.9 TB/s at the full 312 TFLOP/s of an A100, 3.0 at the 490 or so that mma.sync can
+// reach on an H200 (its own wgmma: 790); 8 x 16 x 64 makes 97. Of shared memory's cycles a warp asks 12 ldmatrix of 4
+// for 48 mma.sync of 2 (1.6 on Hopper): 0.50, 0.62 there. Two blocks share a multiprocessor: 128 registers a thread,
+// so addresses are worked out again for each step, about two instructions for every mma.sync.
 //
 // Tested against PyTorch in float64 (tests/emulator/test_conv3x3_sm80.py).
 #include "pipeline.cuh"
@@ -71,16 +72,17 @@ constexpr int kWarpsOverChunk = kThreads / 32 / (kWarpsOverPixels * kWarpsOverOu
 static_assert(kWarpsOverChunk == 1 || kWarpsOverChunk == 2, "a tile has work for four or eight warps");
 
 // Shared memory: two halos and the ring; after the last chunk the sums of half the warps and the result.
-constexpr int kHaloBytes = kHaloPixels * kChunk * 2;
+constexpr int kHaloRowBytes = kHaloColumns * kChunk * 2;
+constexpr int kHaloBytes = (TILE_ROWS + 2) * kHaloRowBytes;
 constexpr int kStageBytes = 3 * kChunk * TILE_OUTPUTS * 2;
 constexpr int kSumBytes = (kWarpsOverChunk - 1) * kTilePixels * TILE_OUTPUTS * 4;
 
-using Sums = float[4][kWarpOutputs / 8][4];  // [pair of rows][8 channels][as mma holds them]
+using Sums = float[4][kWarpOutputs / 8][4];  // [rows i and i + 4][8 channels][as mma holds them]
 
 struct Warp {
   int row, column, output, half;  // of the block's tile; `half` of a chunk
   __device__ __forceinline__ Warp() {
-    const int warp = threadIdx.x / 32, over_outputs = warp / kWarpsOverPixels;
+    const unsigned warp = threadIdx.x / 32, over_outputs = warp / kWarpsOverPixels;
     row = warp % kWarpsOverPixels / kWarpsAcross * 8;
     column = warp % kWarpsAcross * 8;
     output = over_outputs % kWarpsOverOutputs * kWarpOutputs;
@@ -93,13 +95,13 @@ __device__ __forceinline__ void load_halo(unsigned shared, const Tensor<const bf
                                           int column, int height, int width, int channel) {
   const bfloat16* const origin = source.at(image, row, column, channel);
   ROLLED
-  for (int i = threadIdx.x; i < kHaloPixels * kChunkPieces; i += kThreads) {
-    const int pixel = i / kChunkPieces, piece = i % kChunkPieces;
-    const int r = pixel / kHaloColumns, c = pixel % kHaloColumns;
+  for (unsigned i = threadIdx.x; i < kHaloPixels * kChunkPieces; i += kThreads) {
+    const unsigned pixel = i / kChunkPieces;
+    const int piece = i % kChunkPieces, r = pixel / kHaloColumns, c = pixel % kHaloColumns;
     const bool valid = static_cast<unsigned>(row + r) < static_cast<unsigned>(height) &&
                        static_cast<unsigned>(column + c) < static_cast<unsigned>(width) &&
                        channel + piece * 8 < source.pitch;
-    cp_async_16(shared + swizzled<kChunkPieces>(pixel, piece),
+    cp_async_16(shared + r * kHaloRowBytes + swizzled<kChunkPieces>(c, piece),
                 origin + (r * source.width + c) * source.pitch + piece * 8, valid);
   }
 }
@@ -108,51 +110,47 @@ __device__ __forceinline__ void load_halo(unsigned shared, const Tensor<const bf
 template <int rows, int pieces>
 __device__ __forceinline__ void load_weights(unsigned shared, const bfloat16* weight, int first_tap, int tap_step,
                                              int out, int outs, int in, int pitch) {
-  for (int i = threadIdx.x; i < rows * pieces; i += kThreads) {
+  for (unsigned i = threadIdx.x; i < rows * pieces; i += kThreads) {
     const int row = i / pieces, piece = i % pieces, channel = in + piece * 8;
-    const bfloat16* const source = weight + (static_cast<long long>(first_tap) * outs + out + row) * pitch + channel;
-    UNROLL
+    const int first = (first_tap * outs + out + row) * pitch + channel;
+    ROLLED
     for (int tap = 0; tap < 3; ++tap) {
-      cp_async_16(shared + swizzled<pieces>(tap * rows + row, piece),
-                  source + tap * tap_step * static_cast<long long>(outs) * pitch, out + row < outs && channel < pitch);
+      cp_async_16(shared + swizzled<pieces>(tap * rows + row, piece), weight + first + tap * tap_step * outs * pitch,
+                  out + row < outs && channel < pitch);
     }
   }
 }
 
-// Adds the taps (0, dx), (1, dx), (2, dx) of a chunk.
+// Adds the taps (0, dx), (1, dx), (2, dx) of a chunk. Where pieces lie depends on a pixel's column only and repeats
+// every eight rows of weights, so that one address of each operand does for all but an exclusive or.
 template <bool reversed>
 __device__ __forceinline__ void multiply(Sums& sums, const Warp& warp, unsigned halo, unsigned weights, int dx) {
   const int lane = threadIdx.x % 32, matrix = lane / 8, line = lane % 8;
+  const unsigned pixels =
+      halo + (warp.row + matrix % 2 * 4) * kHaloRowBytes + swizzled<kChunkPieces>(warp.column + dx + line, matrix / 2);
+  const unsigned matrices =
+      weights + (reversed ? swizzled<kOutputPieces>(matrix % 2 * 8 + line, warp.output / 8 + matrix / 2)
+                          : swizzled<kChunkPieces>(warp.output + matrix / 2 * 8 + line, matrix % 2));
   UNROLL
   for (int step = 0; step < 2 / kWarpsOverChunk; ++step) {
     const int k = step + warp.half;  // which 16 of the 32 channels
-    unsigned rows[5][4];             // two rows each: of the upper and the lower, 8 channels; then 8 more of both
+    unsigned a[6][4];                // rows i and i + 4
     UNROLL
-    for (int i = 0; i < 5; ++i) {
-      const int pixel = (warp.row + 2 * i + matrix % 2) * kHaloColumns + warp.column + dx + line;
-      ldmatrix_x4(rows[i], halo + swizzled<kChunkPieces>(pixel, 2 * k + matrix / 2));
-    }
+    for (int i = 0; i < 6; ++i) ldmatrix_x4(a[i], (pixels ^ k * 32) + i * kHaloRowBytes);
     UNROLL
     for (int dy = 0; dy < 3; ++dy) {
       UNROLL
       for (int pair = 0; pair < kWarpOutputs / 16; ++pair) {
         unsigned b[4];  // two operands of 16 x 8
-        const int output = warp.output + pair * 16;
         if (reversed) {
-          const int row = dy * kChunk + k * 16 + matrix % 2 * 8 + line;
-          ldmatrix_x4_transposed(b, weights + swizzled<kOutputPieces>(row, output / 8 + matrix / 2));
+          ldmatrix_x4_transposed(b, (matrices ^ pair * 32) + (dy * kChunk + k * 16) * TILE_OUTPUTS * 2);
         } else {
-          const int row = dy * TILE_OUTPUTS + output + matrix / 2 * 8 + line;
-          ldmatrix_x4(b, weights + swizzled<kChunkPieces>(row, 2 * k + matrix % 2));
+          ldmatrix_x4(b, (matrices ^ k * 32) + (dy * TILE_OUTPUTS + pair * 16) * kChunk * 2);
         }
         UNROLL
         for (int i = 0; i < 4; ++i) {
-          const unsigned (&upper)[4] = rows[i + dy / 2];
-          const unsigned (&lower)[4] = rows[i + 1];
-          const unsigned a[4] = {dy == 1 ? upper[1] : upper[0], dy == 1 ? lower[0] : upper[1],
-                                 dy == 1 ? upper[3] : upper[2], dy == 1 ? lower[2] : upper[3]};
-          mma_m16n8k16(sums[i][2 * pair], a, b[0], b[1]);
-          mma_m16n8k16(sums[i][2 * pair + 1], a, b[2], b[3]);
+          mma_m16n8k16(sums[i][2 * pair], a[i + dy], b[0], b[1]);
+          mma_m16n8k16(sums[i][2 * pair + 1], a[i + dy], b[2], b[3]);
         }
       }
     }
@@ -199,7 +197,7 @@ __device__ __forceinline__ unsigned char* round_sums(Sums& sums, const Warp& war
       const int pixel = (warp.row + i) * kTileColumns + warp.column + lane / 4;
       UNROLL
       for (int j = 0; j < kWarpOutputs / 8; ++j) {
-        const float* const sum = sums[i / 2][j] + i % 2 * 2;
+        const float* const sum = sums[i % 4][j] + i / 4 * 2;
         *reinterpret_cast<unsigned*>(result + swizzled<kOutputPieces>(pixel, warp.output / 8 + j) + lane % 4 * 4) =
             pack_bfloat16(sum[0], sum[1]);
       }
