@@ -1,30 +1,11 @@
 """kernels/tile.cu against NumPy's "reflect" and fastunet.normalization: the same numbers."""
 
-import ctypes
-import math
-
 import numpy as np
 import pytest
 
-from emulator.tensors import empty, put, put_flat, rounded
-from fastunet.backends.cuda.arguments import integers, pointers, tensors
+from emulator.tensors import empty, put, put_flat, rounded, run
+from fastunet.backends.cuda import tile as host
 from fastunet.normalization import normalize
-
-
-class GatherArguments(ctypes.Structure):
-    _fields_ = [
-        *pointers("image", "normalization"),
-        *tensors("tile"),
-        *integers("height", "width", "top", "left"),
-    ]
-
-
-class StitchArguments(ctypes.Structure):
-    _fields_ = [
-        *tensors("probabilities"),
-        *pointers("prediction"),
-        *integers("width", "rows", "columns", "top", "left"),
-    ]
 
 
 def mirrored(image: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
@@ -65,7 +46,7 @@ def test_gather(device, rng, shape, top, left, height, width, bits, dtype):
     expected = mirrored(normalize(image, rule), top, left, height, width)
     tile = empty(device, (1, height, width, channels), bits, channels if channels <= 4 else None)
     pixels, normalization = put_flat(device, image), put_flat(device, np.array(rule))
-    arguments = GatherArguments(
+    arguments = host.GatherArguments(
         pixels.pointer,
         normalization.pointer,
         tile.argument(),
@@ -73,9 +54,7 @@ def test_gather(device, rng, shape, top, left, height, width, bits, dtype):
         top,
         left,
     )
-    defines = (f"-DELEMENT_BITS={bits}", f"-DIMAGE_BITS={8 * image.itemsize}")
-    grid = (math.ceil(width * tile.pitch / 256), height, 1)
-    device.launch(device.kernel("tile.cu", "gather", defines), grid, 256, 0, arguments)
+    run(device, host.gather(arguments.tile, 8 * image.itemsize), bits, arguments)
     np.testing.assert_array_equal(tile.numpy()[0], rounded(expected, bits))
 
 
@@ -85,11 +64,10 @@ def test_stitch(device, rng, classes):
     whole = rng.random((33, 200, classes)).astype(np.float32)
     prediction = put_flat(device, whole)
     probabilities = put(device, tile, 32, classes)
-    kernel = device.kernel("tile.cu", "stitch", ("-DELEMENT_BITS=16", "-DIMAGE_BITS=8"))
     for rows, columns, top, left in ((16, 173, 17, 27), (1, 1, 0, 0)):
-        arguments = StitchArguments(
+        arguments = host.StitchArguments(
             probabilities.argument(), prediction.pointer, whole.shape[1], rows, columns, top, left
         )
-        device.launch(kernel, (math.ceil(columns * classes / 256), rows, 1), 256, 0, arguments)
+        run(device, host.stitch(rows, columns, classes), 16, arguments)
         whole[top : top + rows, left : left + columns] = tile[0, :rows, :columns]
     np.testing.assert_array_equal(device.download(prediction.pointer, whole.shape, np.float32), whole)
