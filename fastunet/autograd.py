@@ -43,8 +43,8 @@ class Tensor:
 
     Parameters
     ----------
-    array : backend array or float
-        The value; `Tensor.from_numpy` makes one from an ndarray.
+    array : backend array or number
+        The value; `Tensor.from_numpy` makes one from an ndarray. A number is a float, or what becomes one when asked.
     backend : Backend
         The table of kernels that made `array`.
     requires_gradient : bool
@@ -69,7 +69,7 @@ class Tensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return () if isinstance(self.array, float) else tuple(self.array.shape)
+        return tuple(self.array.shape) if hasattr(self.array, "shape") else ()
 
     @property
     def gradient(self) -> np.ndarray | float | None:
@@ -80,12 +80,12 @@ class Tensor:
 
     def numpy(self) -> np.ndarray:
         """The values as (N, H, W, C) float32 (a 0-d array for a number)."""
-        return np.asarray(self.array) if isinstance(self.array, float) else self.backend.numpy(self.array)
+        return np.asarray(float(self.array)) if self.shape == () else self.backend.numpy(self.array)
 
     def __float__(self) -> float:
-        if not isinstance(self.array, float):
+        if self.shape != ():
             raise ValueError(f"a tensor of shape {self.shape} is not a single number")
-        return self.array
+        return float(self.array)
 
     def backward(self, gradient: np.ndarray | float = 1.0) -> None:
         """Add d self / d leaf, times `gradient`, to the gradient of every leaf and parameter that led here.
@@ -106,7 +106,7 @@ class Tensor:
             raise ValueError(
                 f"backward of a tensor of shape {self.shape} needs a gradient of that shape, not {np.shape(gradient)}"
             )
-        number = isinstance(self.array, float)
+        number = self.shape == ()
         self._gradient = float(gradient) if number else self.backend.array(np.asarray(gradient))
         # Operations come after their inputs, so the largest order number left never waits for another's gradient.
         waiting = [(-self._order, self)]

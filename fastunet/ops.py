@@ -165,8 +165,8 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     if x.shape != y.shape:
         raise ValueError(f"tensors of shapes {x.shape} and {y.shape} cannot be added; they must be equal")
     backend = x.backend
-    if isinstance(x.array, float):
-        return record(x.array + y.array, backend, (x, y), lambda gradient: (gradient, gradient))
+    if x.shape == ():
+        return record(float(x) + float(y), backend, (x, y), lambda gradient: (gradient, gradient))
     total = backend.accumulate(backend.copy(x.array), y.array, x.shape)
     return record(total, backend, (x, y), lambda gradient: (gradient, backend.copy(gradient)))
 

@@ -37,6 +37,7 @@ from fastunet.predictor import Predictor, model_file
 from fastunet.report import chosen_samples, draw_progress, draw_samples
 from fastunet.schedule import learning_rate
 from fastunet.training_memory import check_training_memory
+from fastunet.training_step import TrainingStep
 from fastunet.unet import Normalization, UNet
 from fastunet.validation import (
     BEST_BY_KIND,
@@ -508,6 +509,7 @@ class _Run:
         if self.best not in self.figures:
             self.figures += (self.best,)
         self.optimizer = SGD(model, lr=settings.lr, momentum=settings.momentum)
+        self.training_step = TrainingStep(model, self.optimizer)
         self.predictor = Predictor(model)
         self.state = RunState()
         if checkpoint is not None:
@@ -623,13 +625,9 @@ class _Run:
         state, settings = self.state, self.settings
         rate = learning_rate(settings.lr, state.step, self._fraction())
         self.optimizer.lr = rate
-        loss = self.model.loss(sample.image, sample.labels, sample.weights)
-        value = float(loss)
+        value = self.training_step(sample.image, sample.labels, sample.weights)()
         if not math.isfinite(value):
             raise self._diverged(f"the loss is {value} at step {state.step + 1}")
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         state.step += 1
         state.running_loss += (value - state.running_loss) / min(state.step, RUNNING_HORIZON)
         seconds = time.monotonic() - began

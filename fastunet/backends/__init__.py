@@ -122,6 +122,20 @@ class Backend(Protocol):
         self, value: Any, gradient: Any, momentum: Any, learning_rate: float, rate: float
     ) -> None: ...
 
+    repeats: bool
+    """Whether the device gains by doing work that it has recorded; it then has these two."""
+
+    def host_array(self, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+        """An array from which recorded work takes values, anew each time: what it is given must be these."""
+
+    def repeat(self, work: Callable[[], Any], beside: Any = None) -> Any:
+        """Record work that was done once before; nothing happens, though dropout's draws are counted twice.
+
+        `start(steps, learning_rate, rate)` of what is returned does it: with draws of dropout `steps` later and those
+        rates of SGD; `result` is what the work returned, whose numbers are read after the wait that `start` returns.
+        `beside` is another recording whose memory it shares, for one follows the other.
+        """
+
 
 _registered: dict[str, Callable[[str], Backend]] = {}
 

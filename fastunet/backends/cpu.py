@@ -22,6 +22,7 @@ class CpuBackend:
     """`Backend` on the CPU; see `fastunet.backends.Backend` for what each kernel does."""
 
     name = "cpu"
+    repeats = False
 
     def __init__(self) -> None:
         self.algorithm = os.environ.get("FASTUNET_CONV", "auto")

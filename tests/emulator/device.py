@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,9 @@ class EmulatorDevice:
         self.kernels = kernels
         self.seed = seed
         self._memories: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
+        self.records = False
         self._built: dict[tuple[str, str, tuple[str, ...]], Kernel] = {}
+        self._captured: list[Callable[[], None]] | None = None
 
     def allocate(self, count_bytes: int) -> Memory:
         memory = Memory(count_bytes)
@@ -174,9 +177,18 @@ class EmulatorDevice:
     def upload(self, pointer: int, values: np.ndarray) -> None:
         values = np.ascontiguousarray(values)
         self._check(pointer, values.nbytes)
-        ctypes.memmove(pointer, values.ctypes.data, values.nbytes)
+        self._do(lambda: ctypes.memmove(pointer, values.ctypes.data, values.nbytes))
+
+    def host_array(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return np.full(math.prod(shape) * np.dtype(dtype).itemsize, POISON, np.uint8).view(dtype).reshape(shape)
+
+    def read_back(self, pointer: int, values: np.ndarray) -> None:
+        self._check(pointer, values.nbytes)
+        self._do(lambda: ctypes.memmove(values.ctypes.data, pointer, values.nbytes))
 
     def download(self, pointer: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        if self._captured is not None:
+            raise RuntimeError("a download cannot be captured")
         values = np.empty(shape, dtype)
         self._check(pointer, values.nbytes)
         ctypes.memmove(values.ctypes.data, pointer, values.nbytes)
@@ -184,7 +196,7 @@ class EmulatorDevice:
 
     def zero(self, pointer: int, count_bytes: int) -> None:
         self._check(pointer, count_bytes)
-        ctypes.memset(pointer, 0, count_bytes)
+        self._do(lambda: ctypes.memset(pointer, 0, count_bytes))
 
     def kernel(self, file: str, name: str, defines: tuple[str, ...] = ()) -> Kernel:
         key = (file, name, defines)
@@ -205,6 +217,10 @@ class EmulatorDevice:
         arguments: ctypes.Structure,
     ) -> None:
         launch = Launch(grid, block, shared_bytes, self.shared_memory, ctypes.sizeof(arguments), self.seed)
+        by_value = type(arguments).from_buffer_copy(arguments)
+        self._do(lambda: self._run(kernel, launch, by_value))
+
+    def _run(self, kernel: Kernel, launch: Launch, arguments: ctypes.Structure) -> None:
         failure = Failure()
         with _running:
             done = kernel.entry(launch, ctypes.addressof(arguments), failure)
@@ -219,6 +235,29 @@ class EmulatorDevice:
 
     def synchronize(self) -> None:
         """Nothing is asynchronous here."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        captured: list[Callable[[], None]] = []
+        self._captured = captured
+        try:
+            work()
+        finally:
+            self._captured = None
+
+        def replay() -> None:
+            for step in captured:
+                step()
+
+        return replay
+
+    def mark(self) -> Callable[[], None]:
+        return self.synchronize
+
+    def _do(self, step: Callable[[], Any]) -> None:
+        if self._captured is None:
+            step()
+        else:
+            self._captured.append(step)
 
     def _check(self, pointer: int, count_bytes: int) -> None:
         for start, memory in list(self._memories.items()):

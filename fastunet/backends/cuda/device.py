@@ -4,7 +4,9 @@
 """
 
 import ctypes
+import math
 import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +32,8 @@ class Device(Protocol):
     multiprocessors: int
     shared_memory: int
     """The most dynamic shared memory that a block may have, in bytes."""
+    records: bool
+    """Whether what is started only happens later, in a replay: then nothing can be read at once."""
 
     def allocate(self, count_bytes: int) -> Memory:
         """Memory of undefined contents, aligned to at least 256 bytes.
@@ -41,7 +45,16 @@ class Device(Protocol):
         """
 
     def upload(self, pointer: int, values: np.ndarray) -> None:
-        """Copy contiguous values to the device and wait."""
+        """Copy contiguous values to the device and wait; while it captures, have every replay copy what then is there.
+
+        Values that are captured must be a `host_array`.
+        """
+
+    def host_array(self, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+        """Memory of the host that the device can copy from and to while both work."""
+
+    def read_back(self, pointer: int, values: np.ndarray) -> None:
+        """Copy from the device to a `host_array`; does not wait."""
 
     def download(self, pointer: int, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
         """Wait and copy values from the device."""
@@ -62,6 +75,12 @@ class Device(Protocol):
         """Start a kernel with one structure by value; does not wait."""
 
     def synchronize(self) -> None: ...
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What starts all that `work` would have started; nothing of it happens now."""
+
+    def mark(self) -> Callable[[], None]:
+        """What waits until all that was started before now has happened."""
 
 
 class CupyMemory:
@@ -103,6 +122,7 @@ class CupyDevice:
             raise ValueError(f"GPU {index} cannot be used: {error}") from None
         with self._device:
             self._stream = self._cupy.cuda.Stream(non_blocking=True)
+        self.records = False
         self._kernels: dict[tuple[str, str, tuple[str, ...]], Any] = {}
         self._building = threading.Lock()
 
@@ -117,7 +137,20 @@ class CupyDevice:
             runtime.memcpyAsync(
                 pointer, values.ctypes.data, values.nbytes, runtime.memcpyHostToDevice, self._stream.ptr
             )
-            self._stream.synchronize()
+            if not self._stream.is_capturing():
+                self._stream.synchronize()
+
+    def host_array(self, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+        count = math.prod(shape)
+        memory = self._cupy.cuda.alloc_pinned_memory(max(count, 1) * np.dtype(dtype).itemsize)
+        return np.frombuffer(memory, dtype, count).reshape(shape)
+
+    def read_back(self, pointer: int, values: np.ndarray) -> None:
+        runtime = self._cupy.cuda.runtime
+        with self._device:
+            runtime.memcpyAsync(
+                values.ctypes.data, pointer, values.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr
+            )
 
     def download(self, pointer: int, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
         values = np.empty(shape, dtype)
@@ -168,6 +201,21 @@ class CupyDevice:
     def synchronize(self) -> None:
         with self._device:
             self._stream.synchronize()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        with self._device:
+            self._stream.begin_capture()
+            try:
+                work()
+            finally:
+                graph = self._stream.end_capture()
+        return lambda: graph.launch(self._stream)
+
+    def mark(self) -> Callable[[], None]:
+        with self._device:
+            event = self._cupy.cuda.Event(disable_timing=True)
+            event.record(self._stream)
+        return event.synchronize
 
 
 def _import_cupy() -> Any:

@@ -10,6 +10,7 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +28,13 @@ from fastunet.backends.cuda.arguments import TensorArgument
 from fastunet.backends.cuda.arrays import IMAGE_CHANNELS, Array, Buffer, Storage, padded
 from fastunet.backends.cuda.device import Device, Memory
 from fastunet.backends.cuda.launch import Launch
+from fastunet.backends.cuda.recording import Recording
 
 ABSENT = TensorArgument()
+
+SCHEDULE = np.dtype([("steps", np.uint64), ("rates", np.float32, 2)])
+"""What a replayed kernel reads from the device: added to a dropout's draw; learning rate and momentum's rate."""
+RATES_OFFSET = 8
 
 HeadBackward = Callable[[float, Buffer, Buffer, bool], Array | None]
 
@@ -43,6 +49,55 @@ class Truth:
     loss_parts: Memory
 
 
+class Loss:
+    """A number once it is read back: the sums of losses and weights, and the count of labels that name no class."""
+
+    def __init__(self, totals: np.ndarray, classes: int) -> None:
+        self._totals = totals
+        self._classes = classes
+
+    def __float__(self) -> float:
+        loss, weight, invalid = self._totals
+        if invalid:
+            raise ValueError(
+                f"softmax_cross_entropy was given {int(invalid)} pixels whose label is not in "
+                f"0..{self._classes - 1}; give them weight 0 or a label of a class"
+            )
+        if weight == 0:
+            raise ValueError(
+                "softmax_cross_entropy was given weights that sum to zero: no pixel counts; draw another tile"
+            )
+        return float(loss / weight)
+
+
+class Repetition:
+    """Work recorded once (recording.py), with the numbers of each time.
+
+    Attributes
+    ----------
+    result
+        What the work returned; host arrays in it hold the values of the replay waited for last.
+    memory : Memory
+        What a replay needs beside what existed before.
+    """
+
+    def __init__(self, recording: Recording, schedule: Memory, numbers: np.ndarray, result: Any) -> None:
+        self._recording = recording
+        self._schedule = schedule  # the kernels that read it hold it by address only
+        self._numbers = numbers
+        self.result = result
+        self.memory = recording.memory
+
+    def start(self, steps: int = 0, learning_rate: float = 0.0, rate: float = 0.0) -> Callable[[], None]:
+        """Start a replay with draws of dropout `steps` later than recorded and these rates; returns what waits for it.
+
+        The one before must have ended.
+        """
+        self._numbers["steps"] = steps % 2**64
+        self._numbers["rates"] = learning_rate, rate
+        return self._recording.start()
+
+
 class CudaBackend:
     """`fastunet.backends.Backend` on a device, in one precision.
 
@@ -53,6 +108,8 @@ class CudaBackend:
         "bf16" or "fp32".
     """
 
+    repeats = True
+
     def __init__(self, device: Device, precision: str) -> None:
         self.name = device.name
         self.device = device
@@ -60,12 +117,33 @@ class CudaBackend:
         self._conv3x3 = {16: conv3x3_sm80, 32: conv3x3_fp32}[self.bits]
         # The bfloat16 kernels' tiles are chosen by the machine too.
         self._chosen_by = {16: (device.multiprocessors, device.shared_memory), 32: ()}[self.bits]
+        self._schedule: Memory | None = None
 
     def _launch(self, launch: Launch, arguments: ctypes.Structure, bits: int | None = None) -> None:
         """Start a kernel for this table's elements, or for those of `bits`."""
         defines = (f"-DELEMENT_BITS={bits or self.bits}", *launch.defines)
         kernel = self.device.kernel(launch.file, launch.kernel, defines)
         self.device.launch(kernel, launch.grid, launch.threads, launch.shared_bytes, arguments)
+
+    def host_array(self, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+        return self.device.host_array(shape, dtype)
+
+    def repeat(self, work: Callable[[], Any], beside: Repetition | None = None) -> Repetition:
+        device, schedule = self.device, self.device.allocate(SCHEDULE.itemsize)
+        numbers = device.host_array((1,), SCHEDULE)
+        numbers[...] = 0
+        results = []
+
+        def work_on(stand_in: Device) -> None:
+            self.device, self._schedule = stand_in, schedule
+            try:
+                stand_in.upload(schedule.pointer, numbers)
+                results.append(work())
+            finally:
+                self.device, self._schedule = device, None
+
+        recording = Recording(device, work_on, None if beside is None else beside.memory)
+        return Repetition(recording, schedule, numbers, results[-1])
 
     # ---- Arrays ---------------------------------------------------------------------------------------------------
 
@@ -211,7 +289,7 @@ class CudaBackend:
             gradient.pointer,
             momentum.pointer,
             value.shadow_pointer,
-            None,
+            None if self._schedule is None else self._schedule.pointer + RATES_OFFSET,
             len(value),
             learning_rate,
             rate,
@@ -466,7 +544,14 @@ class CudaBackend:
             raise ValueError(f"a dropout rate of {rate:f} was given; 0 <= rate < 1 is expected")
         # Zeros stay zeros, those of a ReLU and those of a gradient masked by it.
         y = Array.allocate(self.device, x.shape, x.bits, x.pitch, rectified=x.rectified, masked=x.masked)
-        arguments = pointwise.DropoutArguments(x.argument(), y.argument(), None, seed, draw, rate)
+        arguments = pointwise.DropoutArguments(
+            x.argument(),
+            y.argument(),
+            None if self._schedule is None else self._schedule.pointer,
+            seed,
+            draw,
+            rate,
+        )
         self._launch(pointwise.dropout(arguments.output), arguments)
         return y
 
@@ -483,7 +568,7 @@ class CudaBackend:
 
     def softmax_cross_entropy(
         self, logits: Array, labels: np.ndarray, weights: np.ndarray, wants_gradient: bool
-    ) -> tuple[float, Array | None]:
+    ) -> tuple[float | Loss, Array | None]:
         logits = self._plain(logits)
         launch = softmax.softmax_cross_entropy(logits.pixels, self.device.multiprocessors)
         truth = self._truth(labels, weights, launch.grid[0])
@@ -513,7 +598,7 @@ class CudaBackend:
         self._launch(softmax.weight_sums(), arguments)
         return truth
 
-    def _total_loss(self, truth: Truth, classes: int) -> float:
+    def _total_loss(self, truth: Truth, classes: int) -> float | Loss:
         total = self.device.allocate(24)
         arguments = softmax.TotalLossArguments(
             truth.loss_parts.pointer,
@@ -522,17 +607,13 @@ class CudaBackend:
             truth.loss_parts.bytes // softmax.LOSS_PART_BYTES,
         )
         self._launch(softmax.total_loss(), arguments)
-        loss, weight, invalid = self.device.download(total.pointer, (3,), np.float64)
-        if invalid:
-            raise ValueError(
-                f"softmax_cross_entropy was given {int(invalid)} pixels whose label is not in "
-                f"0..{classes - 1}; give them weight 0 or a label of a class"
-            )
-        if weight == 0:
-            raise ValueError(
-                "softmax_cross_entropy was given weights that sum to zero: no pixel counts; draw another tile"
-            )
-        return float(loss / weight)
+        totals = self.device.host_array((3,), np.float64)
+        self.device.read_back(total.pointer, totals)
+        loss = Loss(totals, classes)
+        if self.device.records:
+            return loss
+        self.device.synchronize()
+        return float(loss)
 
     def head_cross_entropy_forward(
         self,
@@ -543,7 +624,7 @@ class CudaBackend:
         labels: np.ndarray,
         weights: np.ndarray,
         wants_gradient: bool,
-    ) -> tuple[float, HeadBackward | None]:
+    ) -> tuple[float | Loss, HeadBackward | None]:
         """What the way back needs comes as a function of `head_cross_entropy_backward`'s other arguments."""
         x = self._activation(x)
         if outputs > conv1x1.most_outputs(x.pitch):
@@ -587,7 +668,7 @@ class CudaBackend:
         labels: np.ndarray,
         weights: np.ndarray,
         wants_gradient: bool,
-    ) -> tuple[float, HeadBackward | None]:
+    ) -> tuple[float | Loss, HeadBackward | None]:
         """`head_cross_entropy_forward` of more classes than its kernel takes."""
         logits = self.conv1x1_forward(x, weight, bias, outputs)
         loss, gradient = self.softmax_cross_entropy(logits, labels, weights, wants_gradient)
