@@ -4,9 +4,9 @@
     python bench/segmentation.py DIC-C2DH-HeLa | PhC-C2DH-U373 | nuclei
 
 Held out are slices 0, 6, 12, 18 of the ISBI 2012 stack; frames from 60 (DIC-HeLa) and 50 (PhC-U373) on, scored against
-the gold truth and the silver one, on which they are trained; and every tenth image of the two sets of nuclei (dsb2018 and bbbc039).
-The checkpoint kept is the best on these same images. Other options, such as --threads 1, go to fastunet train. Scores
-are printed and written to OUT/scores.json.
+the gold truth and the silver one, on which they are trained; and every tenth image of the two sets of nuclei (dsb2018
+and bbbc039). The checkpoint kept is the best on these same images. Other options, such as --threads 1, go to fastunet
+train. Scores are printed and written to OUT/scores.json.
 """
 
 import argparse
@@ -61,7 +61,9 @@ def cell_tracking(name: str, data: Path, out: Path, training: list[str]) -> dict
     result = {}
     for kind in ("GT", "ST"):
         truth, table = folder / f"{sequence}_{kind}" / "SEG", out / f"scores-{kind}.json"
-        fastunet("evaluate", "--truth", truth, "--pred", predictions, "--select", f"{first}-", "--json", table)
+        fastunet(
+            "evaluate", "--truth", truth, "--pred", predictions, "--select", f"{first}-", "--json", table
+        )
         result[kind] = scores(table)
     return result
 
