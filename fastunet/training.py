@@ -484,6 +484,17 @@ class _Interruption:
             signal.signal(number, handler)
 
 
+@dataclass(frozen=True)
+class _StartedStep:
+    """A step that a device may still be at: its number, rate, time in the run, what it took to start, and its loss."""
+
+    number: int
+    rate: float
+    seconds: float
+    busy: float
+    loss: Callable[[], float]
+
+
 class _Run:
     """One run, from its settings or a checkpoint to its last picture."""
 
@@ -559,23 +570,25 @@ class _Run:
             self._compile_figures()
             self._start_clock()
             with self._bar() as bar:
-                while not state.finished and not interruption.asked:
-                    row = self._step(next(samples))
-                    state.finished = self._fraction() >= 1
-                    validated = state.finished or self._validation_due()
-                    if validated:
-                        row |= self._validate()
-                    history.append(row)
-                    if validated:
-                        self._draw_progress()
-                    if events is not None and (validated or state.step % EVENTS_EVERY == 0):
-                        for name, value in row.items():
-                            events.add_scalar(name, value, state.step)
-                    if state.finished or interruption.asked or self._checkpoint_due():
+                waiting: _StartedStep | None = None
+                while waiting or not (state.finished or interruption.asked):
+                    # While the device is at a step the one before is recorded; a step that more hangs on, at once.
+                    over, waiting = waiting, None
+                    if not (state.finished or interruption.asked):
+                        waiting = self._start(next(samples))
+                        state.finished = self._fraction() >= 1
+                    if over is not None:
+                        self._record(over, history, events)
+                    validated = waiting is not None and (state.finished or self._validation_due())
+                    saved = state.finished or interruption.asked or self._checkpoint_due()
+                    if waiting is not None and (validated or saved):
+                        self._record(waiting, history, events, validated)
+                        waiting = None
+                    if saved:
                         history.sync()
                         self._save(LATEST)
                         self.saved = time.monotonic()
-                    bar.set_postfix_str(self._status(row["lr"]), refresh=False)
+                    bar.set_postfix_str(self._status(), refresh=False)
                     bar.update(self._done() - bar.n)
         if not state.finished:
             self.notify(f"stopped after step {state.step}; continue with --resume {self.out}")
@@ -620,25 +633,41 @@ class _Run:
     def _fraction(self) -> float:
         return self._done() / self._total()
 
-    def _step(self, sample: TrainingSample) -> dict[str, float]:
-        began = time.monotonic()
+    def _start(self, sample: TrainingSample) -> _StartedStep:
+        """Begin a step; its loss may still be on its way."""
         state, settings = self.state, self.settings
         rate = learning_rate(settings.lr, state.step, self._fraction())
         self.optimizer.lr = rate
-        value = self.training_step(sample.image, sample.labels, sample.weights)()
-        if not math.isfinite(value):
-            raise self._diverged(f"the loss is {value} at step {state.step + 1}")
+        began = time.monotonic()
+        loss = self.training_step(sample.image, sample.labels, sample.weights)
         state.step += 1
-        state.running_loss += (value - state.running_loss) / min(state.step, RUNNING_HORIZON)
-        seconds = time.monotonic() - began
-        self.step_seconds += (seconds - self.step_seconds) * (0.05 if self.step_seconds else 1)
-        return {
-            "step": state.step,
-            "seconds": round(self._elapsed(), 3),
+        return _StartedStep(state.step, rate, round(self._elapsed(), 3), time.monotonic() - began, loss)
+
+    def _record(self, step: _StartedStep, history: History, events: Any, validated: bool = False) -> None:
+        """Wait for a step's loss and write its row, with figures on the held-out images where they are due."""
+        state = self.state
+        began = time.monotonic()
+        value = step.loss()
+        busy = step.busy + time.monotonic() - began
+        if not math.isfinite(value):
+            raise self._diverged(f"the loss is {value} at step {step.number}")
+        state.running_loss += (value - state.running_loss) / min(step.number, RUNNING_HORIZON)
+        self.step_seconds += (busy - self.step_seconds) * (0.05 if self.step_seconds else 1)
+        row = {
+            "step": step.number,
+            "seconds": step.seconds,
             "loss": value,
             "running_loss": state.running_loss,
-            "lr": rate,
+            "lr": step.rate,
         }
+        if validated:
+            row |= self._validate()
+        history.append(row)
+        if validated:
+            self._draw_progress()
+        if events is not None and (validated or step.number % EVENTS_EVERY == 0):
+            for name, figure in row.items():
+                events.add_scalar(name, figure, step.number)
 
     def _diverged(self, found: str) -> ValueError:
         kept = (
@@ -733,13 +762,13 @@ class _Run:
             dynamic_ncols=True,
         )
 
-    def _status(self, rate: float) -> str:
+    def _status(self) -> str:
         state = self.state
         parts = [
             f"step {state.step}",
             f"{1 / max(self.step_seconds, 1e-9):.1f} steps/s",
             f"loss {state.running_loss:.3f}",
-            f"lr {rate:.1e}",
+            f"lr {self.optimizer.lr:.1e}",
         ]
         if state.scores:
             parts.append(f"{self.best} {state.scores[self.best]:.4f}")

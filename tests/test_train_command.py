@@ -149,10 +149,12 @@ def test_ctrl_c_and_sigterm_save_the_last_whole_step(data, tmp_path, number, cap
     assert run(*options, "--out", tmp_path / "cut") == 130
     assert signal.getsignal(number) is before
     said = capsys.readouterr()
-    assert "stopped after step 11; continue with --resume" in said.out and "interrupted" in said.err
+    # The row of a step is written while the next is under way; that one is finished too.
+    assert "stopped after step 12; continue with --resume" in said.out and "interrupted" in said.err
+    assert read_history(tmp_path / "cut" / "metrics.csv")["step"][-1] == 12
     monkeypatch.undo()
     assert run("--resume", tmp_path / "cut") == 0
-    assert "at step 11" in capsys.readouterr().out
+    assert "at step 12" in capsys.readouterr().out
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
