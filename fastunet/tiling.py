@@ -208,7 +208,8 @@ def activation_bytes(
     The walk of the forward pass: a layer holds its input and its output, and every skip is kept whole from
     its level on the way down to the same level on the way up. Channels are counted in the CPU's blocks of 16.
     The worst moment is the finest level's second convolution, 2 * 4 * height * width * base_channels bytes on
-    the way down, or the same level on the way up, where the skip is held besides.
+    the way down, where it is pooled before its input is let go, or the same level on the way up, where the skip is held
+    besides.
     """
     height, width = np.asarray(height, np.int64), np.asarray(width, np.int64)
     kept = np.zeros_like(height)
@@ -221,9 +222,10 @@ def activation_bytes(
         worst = np.maximum(worst, kept + np.maximum(source + first, first + second))
         height, width = height - 4, width - 4
         if level < network.depth:
+            height, width = height // 2, width // 2
+            worst = np.maximum(worst, kept + first + second + _bytes(height, width, channels))
             skips.append(second)
             kept = kept + second
-            height, width = height // 2, width // 2
     for level in reversed(range(network.depth)):
         channels = network.base_channels * 2**level
         below = _bytes(height, width, 2 * channels)

@@ -122,8 +122,11 @@ class UNet:
                 )
                 parameter.assign(values)
 
-    def __call__(self, x: np.ndarray | Tensor) -> Tensor:
+    def __call__(self, x: Any) -> Tensor:
         """Logits (N, H', W', num_classes) of an input (N, H, W, in_channels), each side `2 * border(depth)` smaller.
+
+        The input is a Tensor, an ndarray, or an array on the network's device (anything with DLPack or the CUDA array
+        interface), which is copied there.
 
         Raises
         ------
@@ -132,8 +135,10 @@ class UNet:
         """
         return ops.conv1x1(self._features(x), *self._layer("head"))
 
-    def loss(self, x: np.ndarray | Tensor, labels: np.ndarray, weights: np.ndarray) -> Tensor:
+    def loss(self, x: Any, labels: Any, weights: Any) -> Tensor:
         """`ops.softmax_cross_entropy(model(x), labels, weights)`, with the head inside the loss: a training step's way.
+
+        All three may be on the network's device.
 
         Raises
         ------
@@ -145,10 +150,10 @@ class UNet:
     def _layer(self, name: str) -> tuple[Parameter, Parameter]:
         return self._parameters[f"{name}.weight"], self._parameters[f"{name}.bias"]
 
-    def _features(self, x: np.ndarray | Tensor) -> Tensor:
+    def _features(self, x: Any) -> Tensor:
         """What the head sees: the last convolution's output, (N, H', W', base_channels)."""
         if not isinstance(x, Tensor):
-            x = np.asarray(x)
+            x = self.backend.given(x)
             if x.ndim != 4:
                 raise ValueError(
                     f"the network was given an array of shape {x.shape}, (N, H, W, C) is expected"
@@ -177,6 +182,7 @@ class UNet:
             else:
                 skip, x = ops.conv3x3_maxpool2x2(x, *second)
             skips.append(skip)
+            del skip  # it is freed where the level it is for has read it
         x = ops.conv3x3(x, *self._layer("bottleneck.conv1"), relu=True)
         x = drop(ops.conv3x3(x, *self._layer("bottleneck.conv2"), relu=True), 1)
         for step in range(self.depth):
@@ -202,8 +208,8 @@ class UNet:
         """Parameters by the file's names, in PyTorch's layouts, float32."""
         return self._parameters.to_dict(self._parameters.values_buffer)
 
-    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Set every parameter.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set every parameter, from ndarrays or arrays on the device.
 
         Raises
         ------
