@@ -61,11 +61,43 @@ class Tensor:
         self._backward: Backward | None = None
         self._gives_totals = False
         self._gradient: Any = None
+        self._exported: Any = None
 
     @classmethod
     def from_numpy(cls, values: np.ndarray, backend: Backend, requires_gradient: bool = False) -> "Tensor":
         """Copy (N, H, W, C) `values` to the backend, as float32."""
         return cls(backend.array(values), backend, requires_gradient)
+
+    @classmethod
+    def from_dlpack(cls, values: Any, backend: Backend, requires_gradient: bool = False) -> "Tensor":
+        """Take (N, H, W, C) `values` where they are: on the backend's device, by DLPack or the CUDA array interface.
+
+        Memory is shared where values lie as the backend's own (contiguous, in its precision, at most 4 channels or a
+        multiple of 16): then they must not change as long as this tensor, or what is recorded of it, is there. Else
+        they are copied on the device; from the host if they are there.
+
+        Raises
+        ------
+        ValueError
+            If they are on another device.
+        """
+        return cls(backend.shared(values), backend, requires_gradient)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """The values as (N, H, W, C) float32 for another library: `torch.from_dlpack(tensor)`, `cupy.from_dlpack`.
+
+        Shared where they are kept so (logits and probabilities), else a copy on the device.
+        """
+        return self.backend.exported(self.array).__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.backend.place
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """The same for libraries without DLPack; only on a GPU, and while this tensor is there."""
+        self._exported = self.backend.exported(self.array)  # kept, for an address keeps nothing
+        return self._exported.__cuda_array_interface__
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,6 +110,13 @@ class Tensor:
             return self._gradient
         return self.backend.numpy(self.backend.full_size(self._gradient, self.shape))
 
+    @property
+    def device_gradient(self) -> "Tensor | None":
+        """`gradient` where it is, as a tensor that travels by DLPack; None where there is none."""
+        if self._gradient is None:
+            return None
+        return Tensor(self.backend.full_size(self._gradient, self.shape), self.backend)
+
     def numpy(self) -> np.ndarray:
         """The values as (N, H, W, C) float32 (a 0-d array for a number)."""
         return np.asarray(float(self.array)) if self.shape == () else self.backend.numpy(self.array)
@@ -87,8 +126,10 @@ class Tensor:
             raise ValueError(f"a tensor of shape {self.shape} is not a single number")
         return float(self.array)
 
-    def backward(self, gradient: np.ndarray | float = 1.0) -> None:
+    def backward(self, gradient: Any = 1.0) -> None:
         """Add d self / d leaf, times `gradient`, to the gradient of every leaf and parameter that led here.
+
+        `gradient` is a number, or (N, H, W, C) as an ndarray or an array on the device.
 
         Arrays kept for the backward pass are freed as the walk leaves them; a second walk over the same tensors is an
         error.
@@ -102,12 +143,12 @@ class Tensor:
             raise ValueError(
                 "backward was called on a tensor that no recorded operation made; is it within no_grad()?"
             )
-        if np.shape(gradient) != self.shape:
+        gradient = self.backend.given(gradient)
+        if gradient.shape != self.shape:
             raise ValueError(
-                f"backward of a tensor of shape {self.shape} needs a gradient of that shape, not {np.shape(gradient)}"
+                f"backward of a tensor of shape {self.shape} needs a gradient of that shape, not {gradient.shape}"
             )
-        number = self.shape == ()
-        self._gradient = float(gradient) if number else self.backend.array(np.asarray(gradient))
+        self._gradient = float(gradient) if self.shape == () else self.backend.array(gradient)
         # Operations come after their inputs, so the largest order number left never waits for another's gradient.
         waiting = [(-self._order, self)]
         while waiting:

@@ -6,9 +6,8 @@ Activations are (N, H, W, C). The only caller of a backend: nothing above this f
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from fastunet.autograd import Tensor, record, recording
+from fastunet.backends import Backend
 from fastunet.parameters import Parameter
 
 
@@ -171,7 +170,7 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return record(total, backend, (x, y), lambda gradient: (gradient, backend.copy(gradient)))
 
 
-def softmax_cross_entropy(logits: Tensor, labels: np.ndarray, weights: np.ndarray) -> Tensor:
+def softmax_cross_entropy(logits: Tensor, labels: Any, weights: Any) -> Tensor:
     """Weighted cross-entropy of the softmax: sum of w(x) * -log p_label(x) over the sum of w(x).
 
     Ronneberger et al. (2015), section 3, eq. 1, normalised by the weights. Value and gradient are made in one pass.
@@ -180,9 +179,9 @@ def softmax_cross_entropy(logits: Tensor, labels: np.ndarray, weights: np.ndarra
     ----------
     logits : Tensor
         (N, H, W, K).
-    labels : ndarray of int
+    labels : ndarray of int, or an array on the device
         (N, H, W), 0..K-1; anything where the weight is 0.
-    weights : ndarray of float
+    weights : ndarray of float, or an array on the device
         (N, H, W); pixels of weight 0 are ignored.
 
     Returns
@@ -196,15 +195,13 @@ def softmax_cross_entropy(logits: Tensor, labels: np.ndarray, weights: np.ndarra
         If shapes do not fit, a label names no class, or the weights sum to zero.
     """
     backend = logits.backend
-    labels, weights = _check_truth(labels, weights, logits.shape[:3])
+    labels, weights = _check_truth(backend, labels, weights, logits.shape[:3])
     wanted = recording() and logits.requires_gradient
     loss, logit_gradient = backend.softmax_cross_entropy(logits.array, labels, weights, wanted)
     return record(loss, backend, (logits,), lambda gradient: (backend.scaled(logit_gradient, gradient),))
 
 
-def head_cross_entropy(
-    x: Tensor, weight: Parameter, bias: Parameter, labels: np.ndarray, weights: np.ndarray
-) -> Tensor:
+def head_cross_entropy(x: Tensor, weight: Parameter, bias: Parameter, labels: Any, weights: Any) -> Tensor:
     """`softmax_cross_entropy` of `conv1x1`, in one pass where the device can: the end of a training step.
 
     Raises
@@ -214,7 +211,7 @@ def head_cross_entropy(
     """
     _check_inputs("head_cross_entropy", weight, x)
     backend = x.backend
-    labels, weights = _check_truth(labels, weights, x.shape[:3])
+    labels, weights = _check_truth(backend, labels, weights, x.shape[:3])
     loss, saved = backend.head_cross_entropy_forward(
         x.array, weight.value, bias.value, weight.outputs, labels, weights, recording()
     )
@@ -226,10 +223,8 @@ def head_cross_entropy(
     return record(loss, backend, (x,), backward, learns=True)
 
 
-def _check_truth(
-    labels: np.ndarray, weights: np.ndarray, shape: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    labels, weights = np.asarray(labels), np.asarray(weights)
+def _check_truth(backend: Backend, labels: Any, weights: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    labels, weights = backend.given(labels), backend.given(weights)
     for name, given in (("labels", labels), ("weights", weights)):
         if given.shape != shape:
             raise ValueError(f"the {name} have shape {given.shape}; {shape} is expected, one for each pixel")

@@ -45,10 +45,24 @@ class Parameter:
         packed = self.value if packed is None else packed
         return self.backend.unpack(self.backend.read(packed), self.kind, self.inputs, self.shape)
 
-    def assign(self, values: np.ndarray, packed: Any = None) -> None:
-        """Set the value, or another buffer packed like it, from PyTorch's layout."""
+    def exported(self, packed: Any = None) -> Any:
+        """As `numpy`, where the buffer is: a copy with `__dlpack__`."""
         packed = self.value if packed is None else packed
-        self.backend.write(packed, self.backend.pack(values, self.kind, self.inputs))
+        return self.backend.exported_parameter(packed, self.kind, self.inputs, self.shape)
+
+    def assign(self, values: Any, packed: Any = None) -> None:
+        """Set the value, or another buffer packed like it, from PyTorch's layout: an ndarray, or on the device.
+
+        Raises
+        ------
+        ValueError
+            If the values have another shape or are on another device.
+        """
+        packed = self.value if packed is None else packed
+        values = self.backend.given(values)
+        if values.shape != self.shape:
+            raise ValueError(f"values of shape {values.shape} were given, {self.shape} is expected")
+        self.backend.fill(packed, values, self.kind, self.inputs)
 
 
 class ParameterSet(Mapping[str, Parameter]):
@@ -98,8 +112,8 @@ class ParameterSet(Mapping[str, Parameter]):
         """A flat buffer (values, gradients or momenta) as ndarrays by name, in PyTorch's layouts."""
         return {name: self[name].numpy(buffer[place]) for name, place in self._slices.items()}
 
-    def from_dict(self, values: Mapping[str, np.ndarray], buffer: Any) -> None:
-        """Fill a flat buffer from ndarrays by name.
+    def from_dict(self, values: Mapping[str, Any], buffer: Any) -> None:
+        """Fill a flat buffer from ndarrays, or arrays on the device, by name.
 
         Raises
         ------
@@ -111,7 +125,7 @@ class ParameterSet(Mapping[str, Parameter]):
             found = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which the network does not"
             raise ValueError(f"the dictionary of parameters {found}; it belongs to another network")
         for name, parameter in self.items():
-            array = np.asarray(values[name])
+            array = self.backend.given(values[name])
             if array.shape != parameter.shape:
                 raise ValueError(f"parameter {name!r} has shape {array.shape}, {parameter.shape} is expected")
             parameter.assign(array, buffer[self._slices[name]])

@@ -25,6 +25,7 @@ from fastunet import UNet, backends, input_size, no_grad, ops
 from fastunet.autograd import Tensor
 from fastunet.backends.cuda import compiler, tile
 from fastunet.backends.cuda.arguments import TensorArgument
+from fastunet.backends.cuda.exchange import View
 from fastunet.backends.cuda.table import CudaBackend
 
 TABLE = Path(__file__).with_name("resources.json")
@@ -74,6 +75,7 @@ class NotingDevice:
 
     name = "noting"
     records = False
+    exchange = None
 
     def __init__(self, architecture: str) -> None:
         self.architecture = architecture
@@ -135,12 +137,13 @@ def launches(architecture: str) -> frozenset[Launch]:
             ops.softmax_cross_entropy(logits, *truth).backward()
             with no_grad():
                 ops.softmax(model.eval()(image))
-            # What no U-Net asks for: a result that is added to, and activations on the host.
+            # What no U-Net asks for: a result that is added to, activations on the host, arrays of another library.
             x = Tensor.from_numpy(np.zeros((1, 4, 4, base_channels)), model.backend)
             y = ops.conv3x3(
                 x, *(model.parameters()[f"encoder.0.conv2.{part}"] for part in ("weight", "bias")), True
             )
             ops.add(y, y).backward(y.numpy())
+            model.backend.array(View(Address(256, 4), 256, (1, 1, 1, 1), (1, 1, 1, 1), "uint8"))
     # A tile's way from and to an image: the tests' own, until a table launches it.
     for geometry in (
         tile.stitch(20, 20, 2),

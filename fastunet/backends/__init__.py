@@ -9,11 +9,51 @@ import importlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from fastunet.rotations import Rotation, Turn
+    from fastunet.tiling import TilePlan
+
+
+class Prediction(Protocol):
+    """The class probabilities of one image, summed over its views."""
+
+    def add(self, view: "Turn | Rotation", plan: "TilePlan") -> Iterator[None]:
+        """Predict the tiles of a view, one at each step of the iterator, and add it."""
+
+    def sum(self) -> np.ndarray:
+        """(H, W, K) float32, once every view was added to its end."""
+
+
+class Predictions(Protocol):
+    """A network's way over whole images; what it keeps of one serves the next.
+
+    Attributes
+    ----------
+    element_bytes : int
+        Of a number of an activation.
+    """
+
+    element_bytes: int
+
+    def begin(self, image: np.ndarray, scales: np.ndarray) -> Prediction:
+        """Predict an image (H, W, C) of numbers x that the network wants as (x - offset) * scale.
+
+        `scales` holds [offset, scale] of each channel.
+
+        Raises
+        ------
+        MemoryError
+            If there is no room for image and result; `Prediction.add` if there is none for a tile.
+        """
+
+    def free_memory(self) -> int:
+        """Bytes that a prediction can take at present."""
 
 
 class Backend(Protocol):
@@ -21,11 +61,32 @@ class Backend(Protocol):
 
     name: str
 
-    def array(self, values: np.ndarray) -> Any:
-        """(N, H, W, C) values -> array."""
+    @property
+    def place(self) -> tuple[int, int]:
+        """Type and number of the device's memory, as `__dlpack_device__` gives them."""
+
+    def given(self, values: Any) -> Any:
+        """Values from outside: a view of an array that lies in the device's memory, an ndarray of any other.
+
+        Views have `shape`, `ndim` and `size`, and the methods below that take an ndarray from outside take them too.
+
+        Raises
+        ------
+        ValueError
+            If they lie in another device's memory.
+        """
+
+    def array(self, values: Any) -> Any:
+        """(N, H, W, C) values -> array of its own."""
+
+    def shared(self, values: Any) -> Any:
+        """(N, H, W, C) values -> array in the same memory, where it can be: neither changes it."""
 
     def numpy(self, array: Any) -> np.ndarray:
         """Array -> (N, H, W, C) float32."""
+
+    def exported(self, array: Any) -> Any:
+        """The same where it is: an object with `__dlpack__`, sharing the array's memory where that can be."""
 
     def copy(self, array: Any) -> Any: ...
 
@@ -49,6 +110,14 @@ class Backend(Protocol):
     ) -> np.ndarray: ...
 
     def packed_size(self, kind: str, inputs: Sequence[int], shape: tuple[int, ...]) -> int: ...
+
+    def fill(self, buffer: Any, values: Any, kind: str, inputs: Sequence[int]) -> None:
+        """Write values from outside, in PyTorch layout, packed."""
+
+    def exported_parameter(
+        self, buffer: Any, kind: str, inputs: Sequence[int], shape: tuple[int, ...]
+    ) -> Any:
+        """A copy in PyTorch layout where the buffer is: an object with `__dlpack__`."""
 
     def write(self, buffer: Any, values: np.ndarray) -> None: ...
 
@@ -94,7 +163,7 @@ class Backend(Protocol):
         """The gradient of the pooling's input, added to what is `present` of it (all, its centre, or None)."""
 
     def softmax_cross_entropy(
-        self, logits: Any, labels: np.ndarray, weights: np.ndarray, wants_gradient: bool
+        self, logits: Any, labels: Any, weights: Any, wants_gradient: bool
     ) -> tuple[float, Any]: ...
 
     def softmax(self, logits: Any) -> Any: ...
@@ -105,8 +174,8 @@ class Backend(Protocol):
         weight: Any,
         bias: Any,
         outputs: int,
-        labels: np.ndarray,
-        weights: np.ndarray,
+        labels: Any,
+        weights: Any,
         wants_gradient: bool,
     ) -> tuple[float, Any]:
         """`softmax_cross_entropy` of `conv1x1_forward`: the loss, and what the way back needs where it is wanted."""
@@ -122,6 +191,15 @@ class Backend(Protocol):
         self, value: Any, gradient: Any, momentum: Any, learning_rate: float, rate: float
     ) -> None: ...
 
+    def predictions(self, forward: Callable[[Any], Any], channels: int, classes: int) -> Predictions:
+        """Whole images through `forward`, which takes a tile's array to that of its class probabilities."""
+
+    def free_memory(self) -> int:
+        """Bytes that can be allocated at present."""
+
+    def memory_of(self, work: Callable[[], Any]) -> int | None:
+        """Bytes that `work` would take, with all that it returns, without doing it; None where that cannot be told."""
+
     repeats: bool
     """Whether the device gains by doing work that it has recorded; it then has these two."""
 
@@ -135,6 +213,18 @@ class Backend(Protocol):
         rates of SGD; `result` is what the work returned, whose numbers are read after the wait that `start` returns.
         `beside` is another recording whose memory it shares, for one follows the other.
         """
+
+
+def on_host(values: Any) -> np.ndarray | None:
+    """What the CPU can read as an ndarray, sharing its memory where it can; None for an array on another device."""
+    if hasattr(values, "__dlpack_device__"):
+        if values.__dlpack_device__()[0] not in (1, 3):  # kDLCPU, kDLCUDAHost
+            return None
+        if not hasattr(values, "__array__"):
+            return np.from_dlpack(values)
+    elif hasattr(values, "__cuda_array_interface__"):
+        return None
+    return np.asarray(values)
 
 
 _registered: dict[str, Callable[[str], Backend]] = {}

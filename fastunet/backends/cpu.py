@@ -5,11 +5,21 @@ channels, each input of a concatenation for itself (csrc/cpu/kernels.h).
 """
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import _fastunet as engine
 import numpy as np
+from numpy.typing import NDArray
+
+from fastunet.backends import on_host
+from fastunet.geometry import border
+from fastunet.memory import available_bytes
+from fastunet.normalization import scaled
+
+if TYPE_CHECKING:
+    from fastunet.rotations import Rotation, Turn
+    from fastunet.tiling import TilePlan
 
 _BLOCK = engine.BLOCK
 
@@ -22,7 +32,9 @@ class CpuBackend:
     """`Backend` on the CPU; see `fastunet.backends.Backend` for what each kernel does."""
 
     name = "cpu"
+    place = (1, 0)  # kDLCPU
     repeats = False
+    free_memory = staticmethod(available_bytes)
 
     def __init__(self) -> None:
         self.algorithm = os.environ.get("FASTUNET_CONV", "auto")
@@ -100,14 +112,32 @@ class CpuBackend:
         gradient = self.scaled(gradient, factor)
         return engine.conv1x1_backward(gradient, x, weight, weight_gradient, bias_gradient, wants_input)
 
-    def array(self, values: np.ndarray) -> Any:
-        values = np.asarray(values)
+    def predictions(self, forward: Callable[[Any], Any], channels: int, classes: int) -> "Predictions":
+        return Predictions(self, forward, classes)
+
+    def memory_of(self, work: Callable[[], Any]) -> None:
+        """Only doing it would tell."""
+
+    def given(self, values: Any) -> np.ndarray:
+        found = on_host(values)
+        if found is None:
+            raise ValueError(
+                "an array on a GPU was given to the CPU; copy it to the host first, or use device='cuda'"
+            )
+        return found
+
+    def array(self, values: Any) -> Any:
+        values = self.given(values)
         if values.ndim != 4:
             raise ValueError(f"an array of shape {values.shape} was given, (N, H, W, C) is expected")
         return engine.Array.from_pixels(np.ascontiguousarray(values, dtype=np.float32))
 
+    shared = array
+
     def numpy(self, array: Any) -> np.ndarray:
         return array.pixels()
+
+    exported = numpy
 
     def copy(self, array: Any) -> Any:
         result = engine.Array(*array.shape)
@@ -144,6 +174,9 @@ class CpuBackend:
 
     def read(self, buffer: np.ndarray) -> np.ndarray:
         return buffer
+
+    def fill(self, buffer: np.ndarray, values: Any, kind: str, inputs: Sequence[int]) -> None:
+        self.write(buffer, self.pack(self.given(values), kind, inputs))
 
     def packed_size(self, kind: str, inputs: Sequence[int], shape: tuple[int, ...]) -> int:
         if kind == "bias":
@@ -184,6 +217,49 @@ class CpuBackend:
             first += _padded(channels)
         values = np.concatenate(parts, axis=1).reshape(outputs, -1, shape[2], shape[3])
         return np.ascontiguousarray(values.transpose(1, 0, 2, 3) if kind == "upconv" else values)
+
+    exported_parameter = unpack
+
+
+class Predictions:
+    """`fastunet.backends.Predictions`: nothing is kept from one image to the next."""
+
+    element_bytes = 4
+    free_memory = staticmethod(available_bytes)
+
+    def __init__(self, table: CpuBackend, forward: Callable[[Any], Any], classes: int) -> None:
+        self.table = table
+        self.forward = forward
+        self.classes = classes
+
+    def begin(self, image: NDArray, scales: NDArray[np.float64]) -> "Prediction":
+        return Prediction(self, scaled(image, scales))
+
+
+class Prediction:
+    """`fastunet.backends.Prediction`: one view after the other is put together and brought back onto the image."""
+
+    def __init__(self, predictions: Predictions, image: NDArray[np.float32]) -> None:
+        self._predictions = predictions
+        self._image = image
+        self._sum = np.zeros((*image.shape[:2], predictions.classes), np.float32)
+
+    def add(self, view: "Turn | Rotation", plan: "TilePlan") -> Iterator[None]:
+        table, forward = self._predictions.table, self._predictions.forward
+        read = view.reader(self._image)
+        seen = np.empty((*plan.image, self._predictions.classes), np.float32)
+        lost = border(plan.depth)
+        for tile in plan:
+            part = read(tile.top - lost, tile.left - lost, *plan.tile)
+            probabilities = table.numpy(forward(table.array(part[None])))[0]
+            seen[tile.top : tile.bottom, tile.left : tile.right] = probabilities[
+                : tile.bottom - tile.top, : tile.right - tile.left
+            ]
+            yield
+        self._sum += view.undo(seen, *self._image.shape[:2])
+
+    def sum(self) -> NDArray[np.float32]:
+        return self._sum
 
 
 backend = CpuBackend()

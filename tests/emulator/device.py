@@ -135,6 +135,47 @@ class Memory:
         return before.count(POISON) + behind.count(POISON) == len(before) + len(behind)
 
 
+class Borrowed:
+    """Memory of the host that another library owns; here it is the device's as well."""
+
+    def __init__(self, pointer: int, count_bytes: int, owner: Any) -> None:
+        self.pointer = pointer
+        self.bytes = count_bytes
+        self.pages = range(pointer, pointer + count_bytes)
+        self.owner = owner
+
+    def is_kept(self) -> bool:
+        return True  # nobody knows what lies beside it
+
+
+class EmulatorExchange:
+    """The `Exchange` of an emulated device: its memory is the host's, so other libraries' arrays on the CPU are its."""
+
+    place = (1, 0)
+    stream = None
+
+    def __init__(self, memories: "weakref.WeakValueDictionary[int, Memory | Borrowed]") -> None:
+        self._memories = memories
+
+    def holds(self, pointer: int) -> bool:
+        return False
+
+    def wait_for(self, stream: int) -> None:
+        raise ValueError("an emulated device has no streams")
+
+    def borrow(self, pointer: int, count_bytes: int, owner: Any) -> Borrowed:
+        memory = Borrowed(pointer, count_bytes, owner)
+        known = self._memories.get(pointer)
+        if known is None or known.bytes < count_bytes:
+            self._memories[pointer] = memory
+        return memory
+
+    def dlpack(self, memory: Any, shape: tuple[int, ...], **options: Any) -> Any:
+        held = (ctypes.c_float * math.prod(shape)).from_address(memory.pointer)
+        held.owner = memory
+        return np.frombuffer(held, np.float32).reshape(shape).__dlpack__(**options)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel of a built library."""
@@ -155,6 +196,11 @@ class EmulatorDevice:
         Folder of the kernels' sources.
     seed
         Of the order in which blocks, warps and lanes take turns.
+
+    Attributes
+    ----------
+    memory
+        Bytes it has; may be set.
     """
 
     def __init__(self, architecture: str = "sm_80", kernels: Path = KERNELS, seed: int = 0) -> None:
@@ -164,15 +210,22 @@ class EmulatorDevice:
         self.shared_memory = SHARED_KIBIBYTES[architecture.rstrip("af")] * 1024
         self.kernels = kernels
         self.seed = seed
-        self._memories: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
+        self.memory = 1 << 40
+        self._memories: weakref.WeakValueDictionary[int, Memory | Borrowed] = weakref.WeakValueDictionary()
+        self.exchange = EmulatorExchange(self._memories)
         self.records = False
         self._built: dict[tuple[str, str, tuple[str, ...]], Kernel] = {}
         self._captured: list[Callable[[], None]] | None = None
 
     def allocate(self, count_bytes: int) -> Memory:
+        if count_bytes > self.free_memory():
+            raise MemoryError(f"{count_bytes} bytes are not left on the device")
         memory = Memory(count_bytes)
         self._memories[memory.pointer] = memory
         return memory
+
+    def free_memory(self) -> int:
+        return self.memory - sum(memory.bytes for memory in list(self._memories.values()))
 
     def upload(self, pointer: int, values: np.ndarray) -> None:
         values = np.ascontiguousarray(values)
@@ -180,7 +233,9 @@ class EmulatorDevice:
         self._do(lambda: ctypes.memmove(pointer, values.ctypes.data, values.nbytes))
 
     def host_array(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        return np.full(math.prod(shape) * np.dtype(dtype).itemsize, POISON, np.uint8).view(dtype).reshape(shape)
+        return (
+            np.full(math.prod(shape) * np.dtype(dtype).itemsize, POISON, np.uint8).view(dtype).reshape(shape)
+        )
 
     def read_back(self, pointer: int, values: np.ndarray) -> None:
         self._check(pointer, values.nbytes)

@@ -6,12 +6,14 @@
 import ctypes
 import math
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 
 from fastunet.backends.cuda import compiler
+from fastunet.memory import format_bytes
 
 
 class Memory(Protocol):
@@ -24,6 +26,29 @@ class Memory(Protocol):
     def bytes(self) -> int: ...
 
 
+class Exchange(Protocol):
+    """How a device shares memory and order with other libraries."""
+
+    place: tuple[int, int]
+    """Type and number of the device, as `__dlpack_device__` gives them."""
+
+    @property
+    def stream(self) -> int | None:
+        """The stream on which the device works, as `__dlpack__` takes it."""
+
+    def holds(self, pointer: int) -> bool:
+        """Whether memory, known by its CUDA array interface, is this device's."""
+
+    def wait_for(self, stream: int) -> None:
+        """Let what the device does from now on happen after what that stream has been given."""
+
+    def borrow(self, pointer: int, count_bytes: int, owner: Any) -> Memory:
+        """Memory of `owner`, which is kept as long as this is."""
+
+    def dlpack(self, memory: Memory, shape: tuple[int, ...], **options: Any) -> Any:
+        """A DLPack capsule of contiguous float32 in the device's memory, in order with its stream."""
+
+
 class Device(Protocol):
     """A machine for kernels; what is launched and copied happens in the order of the calls."""
 
@@ -34,6 +59,7 @@ class Device(Protocol):
     """The most dynamic shared memory that a block may have, in bytes."""
     records: bool
     """Whether what is started only happens later, in a replay: then nothing can be read at once."""
+    exchange: Exchange
 
     def allocate(self, count_bytes: int) -> Memory:
         """Memory of undefined contents, aligned to at least 256 bytes.
@@ -43,6 +69,9 @@ class Device(Protocol):
         MemoryError
             If the device has no more.
         """
+
+    def free_memory(self) -> int:
+        """Bytes that can be allocated at present, more or less."""
 
     def upload(self, pointer: int, values: np.ndarray) -> None:
         """Copy contiguous values to the device and wait; while it captures, have every replay copy what then is there.
@@ -92,6 +121,62 @@ class CupyMemory:
         self.bytes = count_bytes
 
 
+class Borrowed:
+    """`Memory` that somebody else owns."""
+
+    def __init__(self, pointer: int, count_bytes: int) -> None:
+        self.pointer = pointer
+        self.bytes = count_bytes
+
+
+class CupyExchange:
+    """`Exchange` of a GPU through CuPy.
+
+    Parameters
+    ----------
+    cupy : module
+    device : cupy.cuda.Device
+    stream : cupy.cuda.Stream
+        On which everything of ours happens.
+    index : int
+    """
+
+    def __init__(self, cupy: Any, device: Any, stream: Any, index: int) -> None:
+        self._cupy = cupy
+        self._device = device
+        self._stream = stream
+        self.place = (2, index)  # kDLCUDA
+
+    @property
+    def stream(self) -> int:
+        return int(self._stream.ptr)
+
+    def holds(self, pointer: int) -> bool:
+        return bool(self._cupy.cuda.runtime.pointerGetAttributes(pointer).device == self.place[1])
+
+    def wait_for(self, stream: int) -> None:
+        with self._device:
+            self._stream.wait_event(self._cupy.cuda.ExternalStream(stream).record())
+
+    def borrow(self, pointer: int, count_bytes: int, owner: Any) -> Borrowed:
+        memory = Borrowed(pointer, count_bytes)
+        weakref.finalize(memory, self._give_back, owner).atexit = False
+        return memory
+
+    def _give_back(self, owner: Any) -> None:
+        """Let what is done to the memory from now on, on CuPy's stream of this thread, wait for what reads it."""
+        with self._device:
+            if not self._stream.is_capturing():
+                self._cupy.cuda.get_current_stream().wait_event(self._stream.record())
+
+    def dlpack(self, memory: Memory, shape: tuple[int, ...], **options: Any) -> Any:
+        cupy = self._cupy
+        with self._device, self._stream:
+            whole = cupy.cuda.UnownedMemory(memory.pointer, memory.bytes, memory, self.place[1])
+            array = cupy.ndarray(shape, cupy.float32, cupy.cuda.MemoryPointer(whole, 0))
+            return array.__dlpack__(**options)
+
+
 class CupyDevice:
     """`Device` on an NVIDIA GPU through CuPy: its memory pool, and one stream of our own on which everything happens.
 
@@ -122,13 +207,26 @@ class CupyDevice:
             raise ValueError(f"GPU {index} cannot be used: {error}") from None
         with self._device:
             self._stream = self._cupy.cuda.Stream(non_blocking=True)
+        self.exchange: Exchange = CupyExchange(self._cupy, self._device, self._stream, index)
         self.records = False
         self._kernels: dict[tuple[str, str, tuple[str, ...]], Any] = {}
         self._building = threading.Lock()
 
     def allocate(self, count_bytes: int) -> CupyMemory:
         with self._device, self._stream:
-            return CupyMemory(self._cupy.cuda.alloc(count_bytes), count_bytes)
+            try:
+                return CupyMemory(self._cupy.cuda.alloc(count_bytes), count_bytes)
+            except self._cupy.cuda.memory.OutOfMemoryError:
+                free = self.free_memory()
+        raise MemoryError(
+            f"{format_bytes(count_bytes)} of memory were asked of {self.name} and {format_bytes(free)} are free; "
+            "end what else runs on it, or do with less"
+        )
+
+    def free_memory(self) -> int:
+        with self._device, self._stream:
+            pool = self._cupy.get_default_memory_pool()
+            return int(self._cupy.cuda.runtime.memGetInfo()[0]) + int(pool.free_bytes())
 
     def upload(self, pointer: int, values: np.ndarray) -> None:
         values = np.ascontiguousarray(values)

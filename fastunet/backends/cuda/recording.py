@@ -48,8 +48,10 @@ class Follower:
         self.architecture = device.architecture
         self.multiprocessors = device.multiprocessors
         self.shared_memory = device.shared_memory
+        self.exchange = device.exchange
         self.kernel = device.kernel
         self.host_array = device.host_array
+        self.free_memory = device.free_memory
 
     def download(self, pointer: int, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
         raise ValueError("work that is recorded cannot wait for values; read them back after a replay")
@@ -65,10 +67,12 @@ class Follower:
 
 
 class Listener(Follower):
-    """A `Device` on which nothing happens: it learns which memory the work needs, and builds its kernels."""
+    """A `Device` on which nothing happens: it learns which memory the work needs, and `builds` its kernels or not."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, builds: bool = True) -> None:
         super().__init__(device)
+        if not builds:
+            self.kernel = lambda file, name, defines: None
         self.lifetimes: list[Lifetime] = []
         self._events = 0
 

@@ -8,7 +8,7 @@ bfloat16 read a copy of the same order.
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +21,21 @@ from fastunet.backends.cuda import (
     conv3x3_sm80,
     parameters,
     pointwise,
+    prediction,
     softmax,
+    strided,
+    tile,
     upconv2x2,
 )
 from fastunet.backends.cuda.arguments import TensorArgument
 from fastunet.backends.cuda.arrays import IMAGE_CHANNELS, Array, Buffer, Storage, padded
 from fastunet.backends.cuda.device import Device, Memory
+from fastunet.backends.cuda.exchange import Exported, View, contiguous, taken
 from fastunet.backends.cuda.launch import Launch
-from fastunet.backends.cuda.recording import Recording
+from fastunet.backends.cuda.recording import Listener, Recording, plan
 
 ABSENT = TensorArgument()
+_TYPE = {16: "bfloat16", 32: "float32"}
 
 SCHEDULE = np.dtype([("steps", np.uint64), ("rates", np.float32, 2)])
 """What a replayed kernel reads from the device: added to a dropout's draw; learning rate and momentum's rate."""
@@ -119,6 +124,10 @@ class CudaBackend:
         self._chosen_by = {16: (device.multiprocessors, device.shared_memory), 32: ()}[self.bits]
         self._schedule: Memory | None = None
 
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.device.exchange.place
+
     def _launch(self, launch: Launch, arguments: ctypes.Structure, bits: int | None = None) -> None:
         """Start a kernel for this table's elements, or for those of `bits`."""
         defines = (f"-DELEMENT_BITS={bits or self.bits}", *launch.defines)
@@ -145,16 +154,116 @@ class CudaBackend:
         recording = Recording(device, work_on, None if beside is None else beside.memory)
         return Repetition(recording, schedule, numbers, results[-1])
 
+    def memory_of(self, work: Callable[[], Any]) -> int:
+        device = self.device
+        listener = Listener(device, builds=False)
+        self.device = listener
+        try:
+            kept = work()
+            needed = plan(listener.lifetimes)[1]
+            del kept
+        finally:
+            self.device = device
+        return needed
+
+    def free_memory(self) -> int:
+        return self.device.free_memory()
+
+    # ---- Whole images ---------------------------------------------------------------------------------------------
+
+    def predictions(
+        self, forward: Callable[[Any], Any], channels: int, classes: int
+    ) -> prediction.Predictions:
+        return prediction.Predictions(self, forward, channels, classes)
+
+    def gather(self, pixels: prediction.Plane, scales: Memory, top: int, left: int, target: Array) -> None:
+        """Fill a tile with the pixels from (top, left) on, scaled, and mirrored where there are none."""
+        arguments = tile.GatherArguments(
+            pixels.pointer,
+            scales.pointer,
+            target.argument(),
+            pixels.height,
+            pixels.width,
+            pixels.row_step,
+            pixels.column_step,
+            top,
+            left,
+        )
+        self._launch(tile.gather(arguments.tile, 8 * pixels.dtype.itemsize), arguments)
+
+    def stitch(
+        self, probabilities: Array, total: prediction.Plane, top: int, left: int, bottom: int, right: int
+    ) -> None:
+        """Add the first of a tile's probabilities to the pixels from (top, left) to (bottom, right)."""
+        rows, columns = bottom - top, right - left
+        arguments = tile.StitchArguments(
+            probabilities.argument(),
+            total.pointer,
+            total.row_step,
+            total.column_step,
+            rows,
+            columns,
+            top,
+            left,
+        )
+        self._launch(tile.stitch(rows, columns, total.channels), arguments)
+
     # ---- Arrays ---------------------------------------------------------------------------------------------------
 
-    def array(self, values: np.ndarray) -> Array:
-        values = np.asarray(values)
-        if values.ndim != 4:
-            raise ValueError(f"an array of shape {values.shape} was given, (N, H, W, C) is expected")
-        channels = values.shape[3]
+    def given(self, values: Any) -> View | np.ndarray:
+        return taken(values, self.device.exchange, self.name)
+
+    def array(self, values: Any) -> Array:
+        values = self._pixels(values)
+        channels, pitch = values.shape[3], _image_pitch(values.shape[3])
+        if isinstance(values, View):
+            target = Array.allocate(self.device, values.shape, self.bits, pitch)
+            if pitch != channels:
+                self.device.zero(target.pointer, target.memory.bytes)
+            self._copy(values, self._view(target))
+            return target
         plain = Array.allocate(self.device, values.shape, 32, channels)
         self.device.upload(plain.pointer, np.ascontiguousarray(values, dtype=np.float32))
-        return self._converted(plain, self.bits, channels if channels <= IMAGE_CHANNELS else padded(channels))
+        return self._converted(plain, self.bits, pitch)
+
+    def image_array(self, shape: tuple[int, ...]) -> Array:
+        """Room for what `array` would make."""
+        return Array.allocate(self.device, shape, self.bits, _image_pitch(shape[3]))
+
+    def shared(self, values: Any) -> Array:
+        values = self._pixels(values)
+        channels = values.shape[3]
+        fits = channels <= IMAGE_CHANNELS or channels == padded(channels)
+        if isinstance(values, View) and fits and values.type == _TYPE[self.bits] and values.is_contiguous():
+            return Array(values.memory, (*values.shape[:3], channels), channels, self.bits)
+        return self.array(values)
+
+    def _pixels(self, values: Any) -> View | np.ndarray:
+        values = self.given(values)
+        if values.ndim != 4:
+            raise ValueError(f"an array of shape {values.shape} was given, (N, H, W, C) is expected")
+        return values
+
+    def exported(self, array: Array) -> Exported:
+        plain = self._plain(array)
+        return Exported(self.device.exchange, plain.memory, plain.shape)
+
+    def _view(self, array: Array) -> View:
+        strides = contiguous((*array.shape[:3], array.pitch))
+        return View(array.memory, array.pointer, array.shape, strides, _TYPE[array.bits])
+
+    def _copy(self, source: View, target: View) -> None:
+        absent = strided.AXES - source.ndim
+        arguments = strided.CopyArguments(
+            source.pointer,
+            target.pointer,
+            (*[0] * absent, *source.strides),
+            (*[0] * absent, *target.strides),
+            (*[1] * absent, *source.shape),
+            strided.TYPES.index(source.type),
+            strided.TYPES.index(target.type),
+        )
+        self._launch(strided.copy(source.shape), arguments, bits=32)
 
     def numpy(self, array: Array) -> np.ndarray:
         plain = self._plain(array)
@@ -226,6 +335,50 @@ class CudaBackend:
         self.device.upload(buffer.pointer, np.ascontiguousarray(values, dtype=np.float32))
         if buffer.storage.shadow is not None:
             self._refresh_shadow(buffer)
+
+    def fill(self, buffer: Buffer, values: Any, kind: str, inputs: Sequence[int]) -> None:
+        values = self.given(values)
+        if not isinstance(values, View):
+            self.write(buffer, self.pack(values, kind, inputs))
+            return
+        for axis, first, packed in self._packed(buffer, kind, inputs, values.shape):
+            self._copy(values.part(axis, first, packed.shape[axis]), packed)
+        if buffer.storage.shadow is not None:
+            self._refresh_shadow(buffer)
+
+    def exported_parameter(
+        self, buffer: Buffer, kind: str, inputs: Sequence[int], shape: tuple[int, ...]
+    ) -> Exported:
+        memory = self.device.allocate(4 * math.prod(shape))
+        whole = View(memory, memory.pointer, shape, contiguous(shape), "float32")
+        for axis, first, packed in self._packed(buffer, kind, inputs, shape):
+            self._copy(packed, whole.part(axis, first, packed.shape[axis]))
+        return Exported(self.device.exchange, memory, shape)
+
+    def _packed(
+        self, buffer: Buffer, kind: str, inputs: Sequence[int], shape: tuple[int, ...]
+    ) -> Iterator[tuple[int, int, View]]:
+        """The parts of a packed parameter of a PyTorch shape, in its axes: along which axis and where each begins."""
+        if kind == "bias":
+            yield 0, 0, View(buffer.storage.memory, buffer.pointer, shape, (1,), "float32")
+            return
+        axis = 0 if kind == "upconv" else 1
+        rows, (height, width) = padded(shape[1 - axis]), shape[2:]
+        pointer, first = buffer.pointer, 0
+        for channels in inputs:
+            row = padded(channels)
+            tap = rows * row
+            extents, steps = (
+                ((channels, shape[1]), (1, row)) if axis == 0 else ((shape[0], channels), (row, 1))
+            )
+            strides = (*steps, width * tap, tap)
+            yield (
+                axis,
+                first,
+                View(buffer.storage.memory, pointer, (*extents, height, width), strides, "float32"),
+            )
+            pointer += 4 * height * width * tap
+            first += channels
 
     def read(self, buffer: Buffer) -> np.ndarray:
         return self.device.download(buffer.pointer, (len(buffer),), np.float32)
@@ -567,7 +720,7 @@ class CudaBackend:
         return probabilities
 
     def softmax_cross_entropy(
-        self, logits: Array, labels: np.ndarray, weights: np.ndarray, wants_gradient: bool
+        self, logits: Array, labels: View | np.ndarray, weights: View | np.ndarray, wants_gradient: bool
     ) -> tuple[float | Loss, Array | None]:
         logits = self._plain(logits)
         launch = softmax.softmax_cross_entropy(logits.pixels, self.device.multiprocessors)
@@ -586,12 +739,15 @@ class CudaBackend:
         self._launch(launch, arguments)
         return self._total_loss(truth, logits.pitch), gradient
 
-    def _truth(self, labels: np.ndarray, weights: np.ndarray, parts: int) -> Truth:
+    def _truth(self, labels: View | np.ndarray, weights: View | np.ndarray, parts: int) -> Truth:
         """Labels and weights on the device, for a loss that is summed in so many parts."""
         sizes = 4 * labels.size, 4 * labels.size, 8 * softmax.WEIGHT_PARTS, softmax.LOSS_PART_BYTES * parts
         truth = Truth(*map(self.device.allocate, sizes))
-        self.device.upload(truth.labels.pointer, np.ascontiguousarray(labels, dtype=np.int32))
-        self.device.upload(truth.weights.pointer, np.ascontiguousarray(weights, dtype=np.float32))
+        for memory, values, kind in ((truth.labels, labels, "int32"), (truth.weights, weights, "float32")):
+            if isinstance(values, View):
+                self._copy(values, View(memory, memory.pointer, values.shape, contiguous(values.shape), kind))
+            else:
+                self.device.upload(memory.pointer, np.ascontiguousarray(values, dtype=kind))
         arguments = softmax.WeightSumsArguments(
             truth.weights.pointer, truth.weight_parts.pointer, labels.size
         )
@@ -621,8 +777,8 @@ class CudaBackend:
         weight: Buffer,
         bias: Buffer,
         outputs: int,
-        labels: np.ndarray,
-        weights: np.ndarray,
+        labels: View | np.ndarray,
+        weights: View | np.ndarray,
         wants_gradient: bool,
     ) -> tuple[float | Loss, HeadBackward | None]:
         """What the way back needs comes as a function of `head_cross_entropy_backward`'s other arguments."""
@@ -665,8 +821,8 @@ class CudaBackend:
         weight: Buffer,
         bias: Buffer,
         outputs: int,
-        labels: np.ndarray,
-        weights: np.ndarray,
+        labels: View | np.ndarray,
+        weights: View | np.ndarray,
         wants_gradient: bool,
     ) -> tuple[float | Loss, HeadBackward | None]:
         """`head_cross_entropy_forward` of more classes than its kernel takes."""
@@ -693,6 +849,11 @@ class CudaBackend:
         wants_input: bool,
     ) -> Array | None:
         return saved(factor, weight_gradient, bias_gradient, wants_input)
+
+
+def _image_pitch(channels: int) -> int:
+    """Stored channels of a pixel from outside."""
+    return channels if channels <= IMAGE_CHANNELS else padded(channels)
 
 
 def _pad(values: np.ndarray, *axes: int) -> np.ndarray:

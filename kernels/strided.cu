@@ -1,0 +1,63 @@
+// Between arrays of other libraries on the same device and ours: numbers of any type, with any strides.
+//
+//   copy   target[i][j][k][l] = source[i][j][k][l] for all indices below `extents`. Strides are in elements, of any
+//   sign
+//          and order: an NCHW image into a channels-last tensor, a weight from PyTorch's layout into the kernels'
+//          packing and a gradient back. Types are those of fastunet/backends/cuda/strided.py, in its order; a number
+//          travels as double, so that only the target's type rounds it. Targets are float, bfloat16 or int.
+//
+// Grid: ceil(elements / 256) blocks of 256 threads, the last index fastest. Cost: each element read and written once,
+// one side without coalescing where the orders differ. Tested against NumPy (tests/emulator/test_exchange.py).
+#include "element.cuh"
+
+struct CopyArguments {
+  const void* source;
+  void* target;
+  long long source_strides[4];
+  long long target_strides[4];
+  int extents[4];
+  int source_type, target_type;
+};
+
+__device__ __forceinline__ double number_at(const void* data, long long place, int type) {
+  switch (type) {
+    case 0:
+      return static_cast<const float*>(data)[place];
+    case 1:
+      return to_float(static_cast<const bfloat16*>(data)[place]);
+    case 2:
+      return static_cast<const int*>(data)[place];
+    case 3:
+      return static_cast<double>(static_cast<const long long*>(data)[place]);
+    case 4:
+      return static_cast<const unsigned char*>(data)[place];
+    case 5:
+      return static_cast<const unsigned short*>(data)[place];
+    case 6:
+      return static_cast<const short*>(data)[place];
+    case 7:
+      return static_cast<const signed char*>(data)[place];
+    default:
+      return static_cast<const double*>(data)[place];
+  }
+}
+
+KERNEL(copy, CopyArguments, 256, 8) {
+  long long rest = static_cast<long long>(blockIdx.x) * 256 + threadIdx.x, source = 0, target = 0;
+  UNROLL
+  for (int axis = 3; axis >= 0; --axis) {
+    const long long index = rest % arguments.extents[axis];
+    rest /= arguments.extents[axis];
+    source += index * arguments.source_strides[axis];
+    target += index * arguments.target_strides[axis];
+  }
+  if (rest > 0) return;
+  const double number = number_at(arguments.source, source, arguments.source_type);
+  if (arguments.target_type == 0) {
+    static_cast<float*>(arguments.target)[target] = static_cast<float>(number);
+  } else if (arguments.target_type == 1) {
+    store(static_cast<bfloat16*>(arguments.target) + target, static_cast<float>(number));
+  } else {
+    static_cast<int*>(arguments.target)[target] = static_cast<int>(number);
+  }
+}
