@@ -60,6 +60,22 @@ def normalize(image: ArrayLike, how: Normalization = "zscore") -> NDArray[np.flo
         infinity, or if `how` is no rule for its number of channels.
     """
     image = np.asarray(image)
+    return scaled(image, offsets_and_scales(image, how))
+
+
+def scaled(image: NDArray, pairs: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(x - offset) * scale of an image (H, W, C), with the [offset, scale] of each channel; computed in float64."""
+    result = np.empty(image.shape, np.float32)
+    for channel, (offset, scale) in enumerate(pairs):
+        values = image[:, :, channel].astype(np.float64)
+        values -= offset
+        values *= scale
+        result[:, :, channel] = values
+    return result
+
+
+def offsets_and_scales(image: NDArray, how: Normalization) -> NDArray[np.float64]:
+    """One [offset, scale] per channel, (C, 2): what `normalize` does to this image, and when it raises ValueError."""
     if image.ndim != 3 or image.size == 0:
         raise ValueError(
             f"the image has shape {image.shape}; expected (height, width, channels), none of them 0"
@@ -67,7 +83,7 @@ def normalize(image: ArrayLike, how: Normalization = "zscore") -> NDArray[np.flo
     if image.dtype.kind not in "buif":
         raise ValueError(f"the image holds {image.dtype} values; convert it to integers or floats")
     check_normalization(how, image.shape[2])
-    result = np.empty(image.shape, np.float32)
+    pairs = np.empty((image.shape[2], 2))
     for channel in range(image.shape[2]):
         values = image[:, :, channel].astype(np.float64)
         low, high = float(values.min()), float(values.max())
@@ -77,17 +93,14 @@ def normalize(image: ArrayLike, how: Normalization = "zscore") -> NDArray[np.flo
                 f"channel {channel} of the image holds {bad} NaN or infinite values; make them finite"
             )
         if not isinstance(how, str):
-            offset, scale = (float(number) for number in how[channel])
+            pairs[channel] = how[channel]
         elif how == "none":
-            offset, scale = 0.0, 1.0
+            pairs[channel] = 0.0, 1.0
         elif low == high:
             # The mean of equal values may miss them by one rounding, and the std would then not be 0.
-            offset, scale = low, 1.0
+            pairs[channel] = low, 1.0
         elif how == "zscore":
-            offset, scale = float(values.mean()), 1.0 / float(values.std())
+            pairs[channel] = values.mean(), 1.0 / values.std()
         else:
-            offset, scale = low, 1.0 / (high - low)
-        values -= offset
-        values *= scale
-        result[:, :, channel] = values
-    return result
+            pairs[channel] = low, 1.0 / (high - low)
+    return pairs

@@ -1,18 +1,19 @@
 """Predict images of any size with a trained network: normalise, mirror, tiles, network, softmax, stitch."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastunet import backends, ops
-from fastunet.autograd import no_grad
+from fastunet.autograd import Tensor, no_grad
 from fastunet.errors import DataError
-from fastunet.geometry import border
-from fastunet.memory import available_bytes, format_bytes
-from fastunet.normalization import normalize
+from fastunet.memory import format_bytes
+from fastunet.normalization import offsets_and_scales
 from fastunet.rotations import Rotation, Turn, views
 from fastunet.tiling import TilePlan, check_tile, plan_tiles
 from fastunet.unet import UNet
@@ -57,6 +58,9 @@ class Predictor:
             check_tile(tile, self.model.depth)
         self.tile = tile
         self.memory = memory
+        self._predictions = self.model.backend.predictions(
+            functools.partial(_probabilities, self.model), self.model.in_channels, self.model.num_classes
+        )
         self._notify = notify
 
     def __call__(
@@ -117,15 +121,18 @@ class Predictor:
             plans = [self._plan(height, width, view, allowed) for view in self._views]
             self._say_if_smaller(plans[0], allowed)
             try:
-                return self._average(normalize(image, self.model.normalization), plans, progress)
+                return self._average(image, plans, progress)
             except MemoryError:
                 allowed = max(plan.memory for plan in plans) // 2
 
     def _allowed(self) -> int:
-        return int(available_bytes() * SHARE_OF_FREE_MEMORY) if self.memory is None else self.memory
+        if self.memory is not None:
+            return self.memory
+        return int(self._predictions.free_memory() * SHARE_OF_FREE_MEMORY)
 
     def _plan(self, height: int, width: int, view: Turn | Rotation, allowed: int) -> TilePlan:
-        return plan_tiles(*view.size(height, width), self.model, self.tile, allowed)
+        size = view.size(height, width)
+        return plan_tiles(*size, self.model, self.tile, allowed, self._predictions.element_bytes)
 
     def _say_if_smaller(self, plan: TilePlan, allowed: int) -> None:
         if plan.tile != plan.preferred:
@@ -136,33 +143,29 @@ class Predictor:
             )
 
     def _average(
-        self, image: NDArray[np.float32], plans: list[TilePlan], progress: Callable[[float], None]
+        self, image: NDArray, plans: list[TilePlan], progress: Callable[[float], None]
     ) -> NDArray[np.float32]:
-        height, width = image.shape[:2]
-        total = np.zeros((height, width, self.model.num_classes), np.float32)
+        prediction = self._predictions.begin(image, offsets_and_scales(image, self.model.normalization))
         tiles, done = sum(len(plan) for plan in plans), 0
-        lost = border(self.model.depth)
         was_training = self.model.training
         self.model.eval()
         try:
             for view, plan in zip(self._views, plans):
-                read = view.reader(image)
-                seen = np.empty((*plan.image, self.model.num_classes), np.float32)
-                for tile in plan:
-                    part = read(tile.top - lost, tile.left - lost, *plan.tile)
-                    with no_grad():
-                        probabilities = ops.softmax(self.model(part[None])).numpy()[0]
-                    seen[tile.top : tile.bottom, tile.left : tile.right] = probabilities[
-                        : tile.bottom - tile.top, : tile.right - tile.left
-                    ]
+                for _ in prediction.add(view, plan):
                     done += 1
                     progress(done / tiles)
-                total += view.undo(seen, height, width)
         finally:
             if was_training:
                 self.model.train()
+        total = prediction.sum()
         total /= len(plans)
         return total
+
+
+def _probabilities(model: UNet, tile: Any) -> Any:
+    """What the network makes of a tile, arrays of its backend both."""
+    with no_grad():
+        return ops.softmax(model(Tensor(tile, model.backend))).array
 
 
 def model_file(model: str | Path) -> Path:

@@ -46,10 +46,14 @@ class Turn:
         """Height and width of the view of an image of height x width pixels."""
         return (width, height) if self.quarters % 2 else (height, width)
 
+    def turned(self, image: NDArray) -> NDArray:
+        """What the view shows of an image (H, W, ...): the same memory in another order."""
+        seen = np.rot90(image, self.quarters)
+        return seen[:, ::-1] if self.mirror else seen
+
     def reader(self, image: Image) -> Reader:
         """Return read(top, left, height, width) -> (height, width, C): any part of the image's view."""
-        seen = np.rot90(image, self.quarters)
-        seen = seen[:, ::-1] if self.mirror else seen
+        seen = self.turned(image)
 
         def read(top: int, left: int, height: int, width: int) -> Image:
             rows = mirrored(top, top + height, seen.shape[0])

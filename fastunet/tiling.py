@@ -102,7 +102,12 @@ class TilePlan:
 
 
 def plan_tiles(
-    height: int, width: int, network: Network, tile: int | str = "auto", memory: int = UNLIMITED
+    height: int,
+    width: int,
+    network: Network,
+    tile: int | str = "auto",
+    memory: int = UNLIMITED,
+    element_bytes: int = 4,
 ) -> TilePlan:
     """Plan the prediction of an image.
 
@@ -114,6 +119,7 @@ def plan_tiles(
         computes the fewest pixels altogether. An axis shorter than the tile takes the smallest input that
         covers it.
     memory : bytes the prediction may take; where the tile wanted needs more, a smaller one is planned
+    element_bytes : of a number of an activation
 
     Raises
     ------
@@ -129,13 +135,13 @@ def plan_tiles(
     heights, widths = (_candidates(size, depth, largest) for size in image)
     tall, wide = (axis.ravel() for axis in np.meshgrid(heights[:, 0], widths[:, 0], indexing="ij"))
     pixels = np.multiply.outer(heights.prod(axis=1), widths.prod(axis=1)).ravel()
-    needed = prediction_bytes(height, width, tall, wide, network)
+    needed = prediction_bytes(height, width, tall, wide, network, element_bytes)
     order = np.lexsort((needed, pixels))
     if tile == "auto":
         preferred = int(tall[order[0]]), int(wide[order[0]])
     else:
         preferred = min(largest, input_size(height, depth)), min(largest, input_size(width, depth))
-    exact = int(prediction_bytes(height, width, *preferred, network))
+    exact = int(prediction_bytes(height, width, *preferred, network, element_bytes))
     if exact <= memory:
         return TilePlan(image, depth, preferred, preferred, exact)
     fitting = order[needed[order] <= memory]
@@ -189,14 +195,15 @@ def prediction_bytes(
     tile_height: int | NDArray[np.int64],
     tile_width: int | NDArray[np.int64],
     network: Network,
+    element_bytes: int = 4,
 ) -> NDArray[np.int64]:
     """Bytes a prediction takes beyond the network's weights, for one tile size or for arrays of sizes.
 
     All float32: image and spline coefficients of the image; prediction of a view, brought back, and their
-    sum; and `activation_bytes` of one tile.
+    sum. And `activation_bytes` of one tile, whose numbers may be narrower.
     """
     whole = 4 * height * width * (2 * network.in_channels + 3 * network.num_classes)
-    activations = activation_bytes(tile_height, tile_width, network)
+    activations = activation_bytes(tile_height, tile_width, network) * (element_bytes / 4)
     return (whole + KEPT * activations + SCRATCH).astype(np.int64)
 
 
@@ -206,7 +213,7 @@ def activation_bytes(
     """Bytes of float32 activations alive at the worst moment of a forward pass over height x width pixels.
 
     The walk of the forward pass: a layer holds its input and its output, and every skip is kept whole from
-    its level on the way down to the same level on the way up. Channels are counted in the CPU's blocks of 16.
+    its level on the way down to the same level on the way up. Channels are counted in blocks of 16.
     The worst moment is the finest level's second convolution, 2 * 4 * height * width * base_channels bytes on
     the way down, where it is pooled before its input is let go, or the same level on the way up, where the skip is held
     besides.

@@ -5,7 +5,9 @@ import pytest
 
 from emulator.tensors import empty, put, put_flat, rounded, run
 from fastunet.backends.cuda import tile as host
+from fastunet.backends.cuda.prediction import Plane
 from fastunet.normalization import normalize
+from fastunet.rotations import Turn, views
 
 
 def mirrored(image: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
@@ -27,6 +29,7 @@ def test_the_reference_is_numpys(rng):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(
     "shape, top, left, height, width",
     [
@@ -38,19 +41,23 @@ def test_the_reference_is_numpys(rng):
     ],
     ids=str,
 )
-def test_gather(device, rng, shape, top, left, height, width, bits, dtype):
+def test_gather(device, rng, shape, top, left, height, width, bits, dtype, turned):
     high = 250 if dtype == np.uint8 else 60000
     image = (rng.random(shape) * 5 + rng.random() * high).astype(dtype)  # a narrow range far from 0
     channels = shape[2]
     rule = [(rng.random() * high, rng.random()) for _ in range(channels)]
-    expected = mirrored(normalize(image, rule), top, left, height, width)
+    view = Turn(1, mirror=True) if turned else Turn()
+    expected = mirrored(view.turned(normalize(image, rule)), top, left, height, width)
     tile = empty(device, (1, height, width, channels), bits, channels if channels <= 4 else None)
-    pixels, normalization = put_flat(device, image), put_flat(device, np.array(rule))
+    pixels, normalization = Plane.upload(device, image).turned(view), put_flat(device, np.array(rule))
+    steps = pixels.row_step, pixels.column_step
     arguments = host.GatherArguments(
         pixels.pointer,
         normalization.pointer,
         tile.argument(),
-        *shape[:2],
+        pixels.height,
+        pixels.width,
+        *steps,
         top,
         left,
     )
@@ -58,16 +65,26 @@ def test_gather(device, rng, shape, top, left, height, width, bits, dtype):
     np.testing.assert_array_equal(tile.numpy()[0], rounded(expected, bits))
 
 
+@pytest.mark.parametrize("view", views(8), ids=str)
 @pytest.mark.parametrize("classes", [2, 5])
-def test_stitch(device, rng, classes):
+def test_stitch_adds_to_what_the_view_shows(device, rng, classes, view):
     tile = rng.random((1, 20, 180, classes)).astype(np.float32)
-    whole = rng.random((33, 200, classes)).astype(np.float32)
-    prediction = put_flat(device, whole)
+    whole = rng.random((*view.size(33, 200), classes)).astype(np.float32)
+    prediction = Plane.upload(device, whole).turned(view)
+    seen = view.turned(whole)
     probabilities = put(device, tile, 32, classes)
     for rows, columns, top, left in ((16, 173, 17, 27), (1, 1, 0, 0)):
         arguments = host.StitchArguments(
-            probabilities.argument(), prediction.pointer, whole.shape[1], rows, columns, top, left
+            probabilities.argument(),
+            prediction.pointer,
+            prediction.row_step,
+            prediction.column_step,
+            rows,
+            columns,
+            top,
+            left,
         )
         run(device, host.stitch(rows, columns, classes), 16, arguments)
-        whole[top : top + rows, left : left + columns] = tile[0, :rows, :columns]
-    np.testing.assert_array_equal(device.download(prediction.pointer, whole.shape, np.float32), whole)
+        seen[top : top + rows, left : left + columns] += tile[0, :rows, :columns]
+    found = device.download(prediction.memory.pointer, whole.shape, np.float32)
+    np.testing.assert_array_equal(found, whole)

@@ -12,7 +12,7 @@ class GatherArguments(ctypes.Structure):
     _fields_ = [
         *pointers("image", "normalization"),
         *tensors("tile"),
-        *integers("height", "width", "top", "left"),
+        *integers("height", "width", "row_step", "column_step", "top", "left"),
     ]
 
 
@@ -20,7 +20,7 @@ class StitchArguments(ctypes.Structure):
     _fields_ = [
         *tensors("probabilities"),
         *pointers("prediction"),
-        *integers("width", "rows", "columns", "top", "left"),
+        *integers("row_step", "column_step", "rows", "columns", "top", "left"),
     ]
 
 
