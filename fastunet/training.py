@@ -433,8 +433,8 @@ def _resolve(settings: Settings, training: Dataset, notify: Callable[[str], None
         device=device,
         threads=settings.threads or backends.get_threads(),
     )
-    if kind == "cpu":
-        check_training_memory(tile, training.in_channels, training.num_classes, base_channels, depth)
+    sizes = training.in_channels, training.num_classes, base_channels, depth
+    check_training_memory(tile, *sizes, device=device, precision=settings.precision)
     model = UNet(
         in_channels=training.in_channels,
         num_classes=training.num_classes,

@@ -3,25 +3,35 @@
 Prediction takes a smaller tile by itself; training says what would fit and stops.
 """
 
+import numpy as np
+
+from fastunet import backends
 from fastunet.geometry import input_size, is_valid_input, output_size
-from fastunet.memory import available_bytes, format_bytes
+from fastunet.memory import format_bytes
+from fastunet.optim import SGD
+from fastunet.unet import UNet
 
 FLOAT = 4
 SCRATCH = 96 << 20
 KERNEL_FACTOR = 1.25
 PARAMETER_COPIES = 3
 SAVING_COPIES = 6
+FIRST_STEP_FACTOR = 1.1
 
 
-def training_bytes(tile: int, in_channels: int, num_classes: int, base_channels: int, depth: int) -> int:
-    """Bytes that one training step takes beyond the program itself, float32, batch 1.
+def training_bytes(
+    tile: int,
+    in_channels: int,
+    num_classes: int,
+    base_channels: int,
+    depth: int,
+    device: str = "cpu",
+    precision: str = "auto",
+) -> int:
+    """Bytes of a device's memory that training takes beyond the program itself, batch 1.
 
-    Counted are every activation that the backward pass reads (both convolutions of a level, pooled and
-    up-convolved maps) and the gradients alive at once (the two largest), with a quarter on top for what the
-    kernels round up; three copies of the parameters (values, gradients, momentum); the samples waiting; and
-    96 MiB of the kernels' own. Writing a checkpoint takes six copies of the parameters after the activations
-    are gone; the larger of the two counts. Measured: 325 MiB for a step at tile 572 and 16 base channels, 633 at
-    32, where this gives 357 and 644.
+    Where the device plans its memory that is what it plans, a tenth more for the first step, which comes before the
+    plan is used, and 96 MiB of the kernels' own; else `estimated_bytes`.
 
     Parameters
     ----------
@@ -29,6 +39,42 @@ def training_bytes(tile: int, in_channels: int, num_classes: int, base_channels:
         Side of the network's input.
     in_channels, num_classes, base_channels, depth : int
         The network's.
+    device, precision : str
+        Where and how it is trained; the device as it was resolved.
+    """
+
+    def train() -> tuple[UNet, SGD]:
+        model = _Outline(in_channels, num_classes, base_channels, depth, device=device, precision=precision)
+        optimizer = SGD(model)
+        side = output_size(tile, depth)
+        image = np.zeros((1, tile, tile, in_channels), np.float32)
+        labels, weights = np.zeros((1, side, side), np.int32), np.ones((1, side, side), np.float32)
+        model.loss(image, labels, weights).backward()
+        optimizer.step()
+        return model, optimizer
+
+    planned = backends.load(device, precision).memory_of(train)
+    if planned is None:
+        return estimated_bytes(tile, in_channels, num_classes, base_channels, depth)
+    return int(FIRST_STEP_FACTOR * planned) + SCRATCH
+
+
+class _Outline(UNet):
+    """A network of which only the sizes matter."""
+
+    def _initialise(self) -> None:
+        """Any numbers will do."""
+
+
+def estimated_bytes(tile: int, in_channels: int, num_classes: int, base_channels: int, depth: int) -> int:
+    """Bytes that one training step takes on the CPU beyond the program itself, float32, batch 1.
+
+    Counted are every activation that the backward pass reads (both convolutions of a level, pooled and
+    up-convolved maps) and the gradients alive at once (the two largest), with a quarter on top for what the
+    kernels round up; three copies of the parameters (values, gradients, momentum); the samples waiting; and
+    96 MiB of the kernels' own. Writing a checkpoint takes six copies of the parameters after the activations
+    are gone; the larger of the two counts. Measured: 325 MiB for a step at tile 572 and 16 base channels, 633 at
+    32, where this gives 357 and 644.
     """
     maps = [tile * tile * in_channels]
     parameters = 0
@@ -63,32 +109,37 @@ def check_training_memory(
     base_channels: int,
     depth: int,
     available: int | None = None,
+    device: str = "cpu",
+    precision: str = "auto",
 ) -> None:
     """Raise MemoryError, saying what would fit, unless a training step fits into the memory available.
 
     Parameters
     ----------
-    tile, in_channels, num_classes, base_channels, depth : int
+    tile, in_channels, num_classes, base_channels, depth, device, precision
         As for `training_bytes`.
     available : int, optional
-        Bytes; default: what the machine or the container has left.
+        Bytes; default: what the device has left.
     """
-    available = available_bytes() if available is None else available
-    needed = training_bytes(tile, in_channels, num_classes, base_channels, depth)
+
+    def needs(tile: int, base_channels: int) -> int:
+        return training_bytes(tile, in_channels, num_classes, base_channels, depth, device, precision)
+
+    if available is None:
+        available = backends.load(device, precision).free_memory()
+    needed = needs(tile, base_channels)
     if needed <= available:
         return
     output_size(tile, depth)
     smaller = tile - 2**depth
-    while is_valid_input(smaller, depth) and available < training_bytes(
-        smaller, in_channels, num_classes, base_channels, depth
-    ):
+    while is_valid_input(smaller, depth) and available < needs(smaller, base_channels):
         smaller -= 2**depth
     narrower = base_channels // 2
-    while narrower and available < training_bytes(tile, in_channels, num_classes, narrower, depth):
+    while narrower and available < needs(tile, narrower):
         narrower //= 2
     fits = [f"--tile {smaller}"] if is_valid_input(smaller, depth) else []
     fits += [f"--base-channels {narrower}"] if narrower else []
-    smallest = training_bytes(input_size(1, depth), in_channels, num_classes, 1, depth)
+    smallest = needs(input_size(1, depth), 1)
     advice = (
         f"{' or '.join(fits)} would fit"
         if fits
@@ -96,5 +147,5 @@ def check_training_memory(
     )
     raise MemoryError(
         f"training with tiles of {tile} pixels and {base_channels} base channels takes about "
-        f"{format_bytes(needed)} of memory and {format_bytes(available)} are available; {advice}"
+        f"{format_bytes(needed)} of memory and {format_bytes(available)} are available on {device}; {advice}"
     )

@@ -14,7 +14,7 @@ import pytest
 import tifffile
 from safetensors.numpy import load_file
 
-from fastunet import train, training, training_memory
+from fastunet import backends, train, training
 from fastunet.history import read_history
 from fastunet.unet import UNet
 
@@ -279,7 +279,7 @@ def test_resume_knows_its_own_options_by_relative_paths(data, tmp_path, capsys, 
 
 
 def test_a_tile_that_does_not_fit_is_refused_with_one_that_does(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training_memory, "available_bytes", lambda: 600 << 20)
+    monkeypatch.setattr(backends.load("cpu"), "free_memory", lambda: 600 << 20)
     out = tmp_path / "run"
     said = mistake(capsys, data, "--out", out, "--base-channels", 64, "--depth", 4, "--tile", 572)
     assert "600 MiB are available" in said and "--base-channels" in said

@@ -198,7 +198,10 @@ class Backend(Protocol):
         """Bytes that can be allocated at present."""
 
     def memory_of(self, work: Callable[[], Any]) -> int | None:
-        """Bytes that `work` would take, with all that it returns, without doing it; None where that cannot be told."""
+        """Bytes that `work` would take, with all that it returns, without doing it; None where that cannot be told.
+
+        Nothing that it works on may have existed before.
+        """
 
     repeats: bool
     """Whether the device gains by doing work that it has recorded; it then has these two."""
