@@ -97,7 +97,7 @@ class Predictions:
         return self.with_room(lambda: Prediction(self, image, scales))
 
     def free_memory(self) -> int:
-        held = {one.memory.pointer: one.memory.bytes for one in self._passes.values()}
+        held = {memory.pointer: memory.bytes for one in self._passes.values() for memory in one.memories}
         return self.table.free_memory() + sum(held.values())
 
     def with_room(self, work: Callable[[], Result]) -> Result:
@@ -136,8 +136,9 @@ class _Pass:
         self.repetition: Repetition | None = None
 
     @property
-    def memory(self) -> Memory:
-        return self.tile.memory if self.repetition is None else self.repetition.memory
+    def memories(self) -> list[Memory]:
+        """All that it holds; passes may share some."""
+        return [self.tile.memory] + ([] if self.repetition is None else [self.repetition.memory])
 
     def probabilities(self, beside: "Repetition | None") -> Array:
         self._calls += 1

@@ -1,0 +1,143 @@
+"""Whole images through the CUDA kernels: the CPU's prediction, whatever the tile, the view and the memory."""
+
+import numpy as np
+import pytest
+from test_predictor import network
+
+from fastunet import Predictor, UNet, input_size
+from fastunet.tiling import prediction_bytes
+
+# Of probabilities, of networks whose logits are of the order of 1: float32 in another order of summation; bfloat16's
+# 2**-9 of each activation on its way through five layers or nine.
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.03}
+
+
+@pytest.fixture(params=TOLERANCE)
+def precision(request):
+    return request.param
+
+
+def twins(rng, precision, depth=1, channels=1, classes=2):
+    """The same network on the CPU and on the device."""
+    model = network(depth, channels, classes, base_channels=2, seed=int(rng.integers(2**31)))
+    twin = UNet(channels, classes, 2, depth, device="emulator", precision=precision)
+    twin.load_state_dict(model.state_dict())
+    return model, twin
+
+
+def image_of(rng, dtype, *shape):
+    high = 250 if np.dtype(dtype).itemsize == 1 else 60000
+    return (rng.random(shape) * high).astype(dtype)
+
+
+IMAGES = [
+    # depth, dtype, shape, classes
+    (1, np.uint8, (1, 1), 2),
+    (2, np.uint16, (1, 9), 3),
+    (1, np.float32, (14, 9), 2),
+    (1, np.uint8, (9, 13, 3), 2),
+    (1, np.uint16, (6, 11, 5), 18),
+    (1, np.float64, (10, 7, 2), 2),
+    (1, np.int16, (5, 12), 2),
+    (1, bool, (7, 7), 2),
+]
+
+
+@pytest.mark.parametrize("depth, dtype, shape, classes", IMAGES, ids=str)
+def test_the_prediction_is_the_cpus_whatever_the_tile(rng, precision, depth, dtype, shape, classes):
+    image = image_of(rng, dtype, *shape)
+    model, twin = twins(rng, precision, depth, shape[2] if len(shape) == 3 else 1, classes)
+    expected = Predictor(model)(image)
+    for tile in ("auto", input_size(2**depth, depth), input_size(2**depth + 1, depth)):
+        found = Predictor(twin, tile=tile)(image)
+        assert found.dtype == np.float32 and found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("rotations, size", [(4, (1, 9)), (7, (3, 5)), (8, (4, 8))], ids=str)
+def test_views_are_averaged_as_on_the_cpu(rng, precision, rotations, size):
+    image = image_of(rng, np.uint16, *size)
+    model, twin = twins(rng, precision)
+    expected = Predictor(model, rotations=rotations)(image)
+    predict = Predictor(twin, rotations=rotations, tile=input_size(4, 1))
+    for _ in range(2):  # what was recorded for the first image serves the second
+        np.testing.assert_allclose(predict(image), expected, atol=TOLERANCE[precision])
+
+
+def test_recorded_tiles_follow_the_network(rng, precision):
+    """A network in training is predicted with, is taught, and predicts again."""
+    model, twin = twins(rng, precision)
+    other, _ = twins(rng, precision)
+    predict = Predictor(twin, tile=input_size(4, 1))
+    image = image_of(rng, np.uint8, 9, 6)
+    first = predict(image)
+    twin.load_state_dict(other.state_dict())
+    np.testing.assert_allclose(predict(image), Predictor(other)(image), atol=TOLERANCE[precision])
+    twin.load_state_dict(model.state_dict())
+    np.testing.assert_array_equal(predict(image), first)
+    assert twin.training and twin.draws == 0
+
+
+def test_arrays_that_lie_otherwise_in_memory(rng):
+    model, twin = twins(rng, "fp32", channels=2)
+    image = np.moveaxis(image_of(rng, ">u2", 2, 9, 6), 0, 2)[::-1]
+    np.testing.assert_allclose(Predictor(twin)(image), Predictor(model)(image), atol=TOLERANCE["fp32"])
+
+
+def test_progress_is_of_tiles_that_are_done(rng):
+    _, twin = twins(rng, "fp32")
+    parts = []
+    Predictor(twin, tile=input_size(4, 1), rotations=4)(np.zeros((9, 5)), progress=parts.append)
+    assert parts == pytest.approx([(1 + i) / 24 for i in range(24)])
+
+
+@pytest.fixture
+def small_device(device, monkeypatch):
+    """Lets the device have so many bytes more than are used; the kernels' own need none here."""
+    if not hasattr(device, "memory"):
+        pytest.skip("a real GPU's memory cannot be set")
+    monkeypatch.setattr("fastunet.tiling.SCRATCH", 0)
+
+    def leave(count_bytes: int) -> None:
+        monkeypatch.setattr(device, "memory", device.memory - device.free_memory() + count_bytes)
+
+    return leave
+
+
+def test_a_plan_holds_and_what_is_kept_is_free_for_the_next(rng, precision, small_device):
+    model, twin = twins(rng, precision)
+    Predictor(twin)(np.zeros((1, 1)))  # the bfloat16 copy of the weights
+    predict = Predictor(twin, tile=input_size(6, 1), rotations=4, notify=pytest.fail)
+    allowed = predict.plan(9, 14).memory
+    small_device(int(allowed / 0.8) + 100)
+    for height, width in ((9, 14), (13, 9)):
+        image = image_of(rng, np.uint8, height, width)
+        expected = Predictor(model, rotations=4)(image)
+        np.testing.assert_allclose(predict(image), expected, atol=TOLERANCE[precision])
+
+
+def test_little_memory_means_smaller_tiles_and_the_same_result(rng, precision, small_device):
+    model, twin = twins(rng, precision)
+    image = image_of(rng, np.float32, 13, 12)
+    said = []
+    predict = Predictor(twin, notify=said.append)
+    small_device(int(prediction_bytes(13, 12, 22, 22, model, twin.backend.bits // 8) / 0.8) + 1)
+    assert len(predict.plan(13, 12)) > 1
+    np.testing.assert_allclose(predict(image), Predictor(model)(image), atol=TOLERANCE[precision])
+    assert len(said) == 1 and "instead of" in said[0]
+    small_device(500)
+    with pytest.raises(MemoryError, match="13x12 pixels takes at least"):
+        predict(image)
+
+
+def test_memory_that_somebody_takes_meanwhile(rng, small_device, device, monkeypatch):
+    """The plan is of memory that is not there: tiles are halved until they fit, and it is said once."""
+    model, twin = twins(rng, "fp32")
+    image = image_of(rng, np.uint8, 20, 24)
+    said = []
+    predict = Predictor(twin, notify=said.append)
+    whole = predict.plan(20, 24).memory
+    small_device(whole // 3)
+    monkeypatch.setattr(type(predict._predictions), "free_memory", lambda self: 2 * whole)
+    np.testing.assert_allclose(predict(image), Predictor(model)(image), atol=TOLERANCE["fp32"])
+    assert len(said) == 1 and "instead of" in said[0]
