@@ -1,0 +1,54 @@
+"""fastunet.torch over the CUDA kernels' sources: PyTorch's tensors on the CPU are in the emulated device's memory."""
+
+import pytest
+import torch
+from test_torch import (  # noqa: F401
+    test_a_relu_is_convolved_with,
+    test_convolutions_and_their_gradients,
+    test_dropout_follows_the_modules_mode_and_draws_anew,
+    test_it_is_the_engines_network,
+    test_maxpool2x2_and_dropout,
+    test_three_steps_of_sgd_go_where_pytorch_goes,
+    test_weighted_cross_entropy,
+    test_what_does_not_fit_is_refused,
+)
+
+import fastunet.torch
+from fastunet import backends
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def device(monkeypatch) -> str:
+    """Tensors of this machine's memory go to the emulator."""
+    real = backends.resolve_device
+    monkeypatch.setattr(backends, "resolve_device", lambda name: "emulator" if name == "cpu" else real(name))
+    return "emulator"
+
+
+def test_tensors_are_read_where_they_are(device, dtype, monkeypatch):
+    """In channels_last and the kernels' type; weights are packed and results given without the host."""
+    table = backends.load("emulator", fastunet.torch._PRECISIONS[dtype])
+
+    def refuse(*arguments):
+        raise AssertionError("a copy passes through the host")
+
+    for way in ("upload", "download"):
+        monkeypatch.setattr(table.device, way, refuse)
+    seen = []
+    real = fastunet.ops.conv3x3
+    monkeypatch.setattr(
+        fastunet.torch.ops, "conv3x3", lambda x, *rest: seen.append(x.array.pointer) or real(x, *rest)
+    )
+    x = torch.ones(1, 16, 5, 6, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = torch.ones(3, 16, 3, 3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    y = fastunet.torch.conv3x3(x, weight, bias)
+    assert seen == [x.data_ptr()]
+    assert (y == 144).all()
+    y.sum().backward()
+    assert (weight.grad == 12).all() and (bias.grad == 12).all()
+    assert x.grad[0, 0, 0, 0] == 3 and x.grad[0, 0, 2, 3] == 27
