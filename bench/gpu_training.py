@@ -1,0 +1,98 @@
+"""Stage "training": short runs of `fastunet train`, the same on the GPU and the CPU, and one at the paper's size."""
+
+import csv
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from gpu_stage import Cases, Row, Settings
+
+LIMIT = 400.0
+LAST = 50
+"""Steps whose mean loss is told."""
+
+
+def stage(settings: Settings) -> Cases:
+    """The two that are to be compared have the same settings and seed, so the same tiles and masks of dropout."""
+    data = os.path.join(settings.data, "isbi2012")
+    given = [data] if os.path.isdir(data) else []
+    small = "--base-channels 16 --tile 316 --steps 600"
+    minutes = max(0.5, settings.seconds / 60 * 0.4)
+    runs = {
+        "GPU": f"--device {settings.device} {small}",
+        "CPU": f"--device cpu {small}",
+        "GPU, base 64, tile 572": f"--device {settings.device} --minutes {minutes:.2f}",
+    }
+    if settings.tiny:  # a command knows no emulator
+        runs = {"CPU": "--device cpu --base-channels 1 --depth 1 --tile 20 --steps 2"}
+    return {name: trained(settings, name, [*given, *options.split()]) for name, options in runs.items()}
+
+
+def trained(settings: Settings, name: str, options: list[str]) -> Callable[[], Row]:
+    def case() -> Row:
+        out = Path(settings.out) / "runs" / name.replace(", ", "-").replace(" ", "-")
+        command = [sys.executable, "-m", "fastunet", "train", *options, "--overwrite", "--out", str(out)]
+        subprocess.run(command, check=True, timeout=LIMIT - 10)
+        with open(out / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+        losses = [float(row["loss"]) for row in rows]
+        return {
+            "losses": losses,
+            "took": float(rows[-1]["seconds"]),
+            "validation": {key: float(value) for key, value in _last_validation(rows).items()},
+        }
+
+    return case
+
+
+def _last_validation(rows: list[dict[str, str]]) -> dict[str, str]:
+    for row in reversed(rows):
+        found = {key: value for key, value in row.items() if re.match("val_", key) and value}
+        if found:
+            return found
+    return {}
+
+
+def summary(rows: dict[str, Row], settings: Settings) -> list[str]:
+    lines = [f"training | steps | s | steps/s | mean loss of the first and last {LAST} | validation"]
+    for name, row in rows.items():
+        if "failure" in row:
+            lines.append(f"{name} | {row['failure']}")
+            continue
+        losses, took = row["losses"], row["took"]
+        ends = " to ".join(f"{statistics.mean(part):.4f}" for part in (losses[:LAST], losses[-LAST:]))
+        figures = ", ".join(
+            f"{key.removeprefix('val_')} {value:.4f}" for key, value in row["validation"].items()
+        )
+        rate = len(losses) / took if took else float("nan")
+        lines.append(f"{name} | {len(losses)} | {took:.0f} | {rate:.1f} | {ends} | {figures}")
+    draw(
+        {name: row["losses"] for name, row in rows.items() if "losses" in row},
+        Path(settings.out) / "curves.png",
+    )
+    return lines
+
+
+def draw(curves: dict[str, list[float]], path: Path) -> None:
+    """Losses by step, each the mean of those around it."""
+    if not curves:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for name, losses in curves.items():
+        width = max(1, len(losses) // 40)
+        means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        axes.plot(np.arange(len(means)) + 1 + width // 2, means, label=name)
+    axes.set(xlabel="step", ylabel="loss", xscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
