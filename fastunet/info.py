@@ -110,7 +110,7 @@ def _describe_prediction(model: UNet, plan: TilePlan) -> None:
     if plan.tile != plan.preferred:
         print(f"  {plan.preferred[0]}x{plan.preferred[1]} would be wanted and does not fit into memory")
     print(
-        f"  memory  {format_bytes(plan.memory)} beyond the network ({format_bytes(available_bytes())} free)"
+        f"  memory  {format_bytes(plan.memory)} beyond the network ({format_bytes(model.backend.free_memory())} free)"
     )
     per_pixel = flops / plan.image[0] / plan.image[1]
     print(f"  work    {flops / 1e9:,.1f} GFLOP, {per_pixel / 1e6:.2f} MFLOP per pixel")

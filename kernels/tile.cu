@@ -12,8 +12,8 @@
 // pixels to the next row's and column_step to the next column's, W and 1 where they are seen as they lie. The tile is
 // one image of either element and any pitch; channels beyond the image's are zero.
 //
-// Grid: (ceil(elements of a row / 256), rows) blocks of 256 threads, a row of the tile having width * pitch elements, a
-// stitched one columns * K; at most 65535 rows. Cost: each pixel is read once and written once: 3 bytes from uint8 to
+// Grid: (ceil(elements of a row / 256), rows or fewer) blocks of 256 threads, a row of the tile having width * pitch
+// elements, a stitched one columns * K. Cost: each pixel is read once and written once: 3 bytes from uint8 to
 // bfloat16, 12 a probability. Tested against NumPy (tests/emulator/test_tile.py).
 #include "tensor.cuh"
 
@@ -43,19 +43,21 @@ struct GatherArguments {
 
 KERNEL(gather, GatherArguments, 256, 4) {
   const Tensor<element>& tile = arguments.tile;
-  const int place = blockIdx.x * 256 + threadIdx.x, row = blockIdx.y;
+  const int place = blockIdx.x * 256 + threadIdx.x;
   if (place >= tile.width * tile.pitch) return;
   const int column = place / tile.pitch, channel = place % tile.pitch;
-  float value = 0.0f;
-  if (channel < tile.channels) {
-    const long long source_row = mirrored(arguments.top + row, arguments.height);
-    const long long source_column = mirrored(arguments.left + column, arguments.width);
-    const long long source = source_row * arguments.row_step + source_column * arguments.column_step;
-    const double pixel = arguments.image[source * tile.channels + channel];
-    const double offset = arguments.normalization[2 * channel], scale = arguments.normalization[2 * channel + 1];
-    value = static_cast<float>((pixel - offset) * scale);
+  for (int row = blockIdx.y; row < tile.height; row += gridDim.y) {
+    float value = 0.0f;
+    if (channel < tile.channels) {
+      const long long source_row = mirrored(arguments.top + row, arguments.height);
+      const long long source_column = mirrored(arguments.left + column, arguments.width);
+      const long long source = source_row * arguments.row_step + source_column * arguments.column_step;
+      const double pixel = arguments.image[source * tile.channels + channel];
+      const double offset = arguments.normalization[2 * channel], scale = arguments.normalization[2 * channel + 1];
+      value = static_cast<float>((pixel - offset) * scale);
+    }
+    store(tile.at(0, row, column, channel), value);
   }
-  store(tile.at(0, row, column, channel), value);
 }
 
 struct StitchArguments {
@@ -68,9 +70,12 @@ struct StitchArguments {
 
 KERNEL(stitch, StitchArguments, 256, 4) {
   const int classes = arguments.probabilities.channels;
-  const int place = blockIdx.x * 256 + threadIdx.x, row = blockIdx.y;
+  const int place = blockIdx.x * 256 + threadIdx.x;
   if (place >= arguments.columns * classes) return;
-  const long long target_row = arguments.top + row, target_column = arguments.left + place / classes;
-  const long long target = target_row * arguments.row_step + target_column * arguments.column_step;
-  arguments.prediction[target * classes + place % classes] += arguments.probabilities.at(0, row, 0, 0)[place];
+  const long long column = arguments.left + place / classes;
+  for (int row = blockIdx.y; row < arguments.rows; row += gridDim.y) {
+    const long long target_row = arguments.top + row;
+    const long long target = target_row * arguments.row_step + column * arguments.column_step;
+    arguments.prediction[target * classes + place % classes] += arguments.probabilities.at(0, row, 0, 0)[place];
+  }
 }

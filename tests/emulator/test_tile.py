@@ -27,6 +27,12 @@ def test_the_reference_is_numpys(rng):
     np.testing.assert_array_equal(mirrored(image, -9, -7, *padded.shape[:2]), padded)
 
 
+@pytest.fixture
+def few_rows(monkeypatch):
+    """A grid has fewer rows than a tile."""
+    monkeypatch.setattr(host, "MOST_BLOCKS", 7)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("turned", [False, True])
@@ -41,7 +47,7 @@ def test_the_reference_is_numpys(rng):
     ],
     ids=str,
 )
-def test_gather(device, rng, shape, top, left, height, width, bits, dtype, turned):
+def test_gather(device, rng, shape, top, left, height, width, bits, dtype, turned, few_rows):
     high = 250 if dtype == np.uint8 else 60000
     image = (rng.random(shape) * 5 + rng.random() * high).astype(dtype)  # a narrow range far from 0
     channels = shape[2]
@@ -67,7 +73,7 @@ def test_gather(device, rng, shape, top, left, height, width, bits, dtype, turne
 
 @pytest.mark.parametrize("view", views(8), ids=str)
 @pytest.mark.parametrize("classes", [2, 5])
-def test_stitch_adds_to_what_the_view_shows(device, rng, classes, view):
+def test_stitch_adds_to_what_the_view_shows(device, rng, classes, view, few_rows):
     tile = rng.random((1, 20, 180, classes)).astype(np.float32)
     whole = rng.random((*view.size(33, 200), classes)).astype(np.float32)
     prediction = Plane.upload(device, whole).turned(view)
