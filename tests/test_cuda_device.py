@@ -199,3 +199,31 @@ def test_a_kernel_is_built_once_and_gets_its_structure_by_value(monkeypatch):
     assert builds == [("dropout.cu", ("-DELEMENT_BITS=16",), "sm_90a")]
     assert limits == [(5, 8, 232448)]
     assert launches == [((3, 4, 5), (256, 1, 1), 1, bytes(arguments), 1024, 7)] * 2
+
+
+def test_memory_that_is_not_there_is_a_memory_error_in_one_sentence(monkeypatch):
+    class OutOfMemoryError(MemoryError):
+        pass
+
+    def alloc(count_bytes):
+        raise OutOfMemoryError
+
+    class Stream(types.SimpleNamespace):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+    cupy = fake_cupy(memGetInfo=lambda: (3 << 30, 8 << 30))
+    cupy.cuda.Stream = lambda non_blocking: Stream(ptr=7)
+    cupy.cuda.alloc, cupy.cuda.memory = alloc, types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
+    cupy.get_default_memory_pool = lambda: types.SimpleNamespace(free_bytes=lambda: 1 << 30)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    device = CupyDevice(0)
+    assert device.free_memory() == 4 << 30
+    with pytest.raises(
+        MemoryError, match=r"^5\.0 GiB of memory were asked of cuda:0 and 4\.0 GiB are free;"
+    ) as error:
+        device.allocate(5 << 30)
+    assert type(error.value) is MemoryError
