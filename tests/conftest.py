@@ -10,6 +10,9 @@ import pytest
 hypothesis.settings.register_profile("fastunet", database=None)  # leave no folder behind
 hypothesis.settings.load_profile("fastunet")
 
+# What a test of the CPU leaves to be chosen is the CPU, where there is a GPU too.
+os.environ["FASTUNET_DEVICE"] = "cpu"
+
 DATA = Path(os.environ.get("FASTUNET_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data"))
 
 

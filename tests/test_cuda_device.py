@@ -57,8 +57,9 @@ def fake_cupy(
 
 
 @pytest.fixture(autouse=True)
-def forgotten():
+def forgotten(monkeypatch):
     """Devices are found once and for all; here each test finds its own."""
+    monkeypatch.delenv("FASTUNET_DEVICE")
     caches = (backends._automatic_device, cuda._device, cuda._backend)
     for cache in caches:
         cache.cache_clear()
@@ -106,6 +107,15 @@ def test_an_nvrtc_that_is_missing_is_named_with_the_extra_of_this_cupy(monkeypat
     monkeypatch.delattr(sys.modules["cuda.bindings"], "nvrtc", raising=False)
     with pytest.raises(ValueError, match=rf"NVRTC cannot be loaded .*fastunet\[{extra}\]"):
         backends.resolve_device("cuda")
+
+
+def test_what_auto_means_can_be_said(monkeypatch):
+    monkeypatch.setenv("FASTUNET_DEVICE", "cpu")
+    monkeypatch.setattr(backends, "_automatic_device", lambda: "cuda:0")
+    assert backends.resolve_device("auto") == backends.resolve_device("cpu") == "cpu"
+    monkeypatch.setenv("FASTUNET_DEVICE", "gpu")
+    with pytest.raises(ValueError, match="'gpu' is unknown; expected auto, cpu"):
+        backends.resolve_device("auto")
 
 
 def test_names_of_devices(monkeypatch):

@@ -239,13 +239,17 @@ def register(name: str, table: Callable[[str], Backend]) -> None:
 
 
 def resolve_device(device: str = "auto") -> str:
-    """Name the device that `device` means on this machine: "cpu" or "cuda:N"; auto is the first GPU that can be used.
+    """Name the device that `device` means on this machine: "cpu" or "cuda:N".
+
+    auto is what the environment variable FASTUNET_DEVICE says, or else the first GPU that can be used, or the CPU.
 
     Raises
     ------
     ValueError
         If the device is unknown, or what it needs is missing: one sentence says what was found and what to install.
     """
+    if device == "auto":
+        device = os.environ.get("FASTUNET_DEVICE", "auto")
     if device == "auto":
         return _automatic_device()
     if device == "cpu" or device in _registered:
