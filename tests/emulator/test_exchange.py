@@ -196,6 +196,20 @@ def test_a_gradient_comes_and_goes_on_the_device(backend, rng):
     assert torch.equal(gradient, given)
 
 
+def test_a_gradient_that_is_given_stays_as_it_is(backend, rng):
+    """Though the engine would write to its own: here it is masked by a ReLU."""
+    kind = "bfloat16" if backend.bits == 16 else "float32"
+    layer = ParameterSet(backend, {"w": ("conv", (16, 16, 3, 3), (16,)), "b": ("bias", (16,), ())})
+    layer["w"].assign(numbers(rng, (16, 16, 3, 3), "float32"))
+    x = Tensor.from_dlpack(numbers(rng, (1, 6, 5, 16), kind), backend)
+    y = ops.conv3x3(x, layer["w"], layer["b"], relu=True)
+    assert (y.numpy() == 0).any()
+    gradient = numbers(rng, y.shape, kind)
+    before = gradient.clone()
+    y.backward(gradient)
+    assert torch.equal(gradient, before)
+
+
 PARAMETERS = [
     ("conv", (5, 17, 3, 3), (17,)),
     ("conv", (20, 21, 3, 3), (5, 16)),
