@@ -29,9 +29,10 @@ class Numbers:
 
     def __call__(self, shape: tuple[int, ...]) -> np.ndarray:
         count = int(np.prod(shape))
-        repeated = np.resize(self._supply, max(count, len(self._supply)))
-        first = self._generator.integers(len(repeated) - count + 1)
-        return repeated[first : first + count].reshape(shape)
+        if count > len(self._supply):
+            self._supply = np.resize(self._supply, 2 * count)
+        first = self._generator.integers(len(self._supply) - count + 1)
+        return self._supply[first : first + count].reshape(shape)
 
 
 class Started(NamedTuple):

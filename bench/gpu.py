@@ -39,6 +39,8 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 99
 """What the sanitizer exits with where it found something."""
 SANITIZE = "sanitize"
+ENDS = ("time", "process", "tool")
+"""Rows that say why a whole stage ended early."""
 SEARCH = (ROOT, ROOT / "bench", ROOT / "tests", ROOT / "build" / "gpu")
 
 
@@ -81,6 +83,12 @@ def run(arguments: argparse.Namespace, stages: list[str]) -> int:
     end = time.monotonic() + 60 * arguments.minutes
     arguments.out.mkdir(parents=True, exist_ok=True)
     built = build_engine(arguments.out / "build.log")
+    if arguments.device != "emulator":
+        try:
+            importlib.import_module("fastunet.backends").resolve_device(arguments.device)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
     result: dict[str, object] = {"machine": machine(), "engine": built, "stages": {}}
     text = [str(result["machine"]), f"C++ engine: {built}"]
     failed = False
@@ -93,14 +101,15 @@ def run(arguments: argparse.Namespace, stages: list[str]) -> int:
             failed |= any("failure" in row for row in rows.values())
             result["stages"][stage] = rows  # type: ignore[index]
             (arguments.out / "gpu.json").write_text(json.dumps(result, indent=1))
+            ends = {name: rows.pop(name) for name in ENDS if name in rows}
             text += ["", f"## {stage}", *summary(stage, rows, settings)]
+            text += [f"{name}: {row['failure']}" for name, row in ends.items()]
     (arguments.out / "gpu.txt").write_text("\n".join(text) + "\n")
     print("\n".join(text))
     return int(failed)
 
 
 def summary(stage: str, rows: dict[str, Row], settings: Settings) -> list[str]:
-    sys.path[:0] = map(str, SEARCH)
     return importlib.import_module(f"gpu_{stage.partition(' ')[0]}").summary(rows, settings)
 
 
@@ -143,23 +152,14 @@ def run_stage(stage: str, settings: Settings, log: Path) -> dict[str, Row]:
 def command(stage: str, settings: Settings, seconds: float, log: Path) -> list[str]:
     name, _, tool = stage.partition(" ")
     options = ["--device", settings.device, "--data", settings.data, "--out", settings.out]
-    child = [sys.executable, __file__, *options, "--child", name, str(seconds), str(log)]
+    child = [sys.executable, str(Path(__file__).resolve()), *options, "--child", name, str(seconds), str(log)]
     if settings.tiny:
         child.append("--tiny")
     if not tool:
         return child
     padding = ["--padding", "256"] if tool == "memcheck" else []
-    return [
-        "compute-sanitizer",
-        "--tool",
-        tool,
-        *padding,
-        "--error-exitcode",
-        str(FOUND),
-        "--print-limit",
-        "20",
-        *child,
-    ]
+    options = ["--tool", tool, *padding, "--error-exitcode", str(FOUND), "--print-limit", "20"]
+    return ["compute-sanitizer", *options, *child]
 
 
 def build_engine(log: Path) -> str:
@@ -172,6 +172,8 @@ def build_engine(log: Path) -> str:
     folder = ROOT / "build" / "gpu"
     place = subprocess.run([sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True)
     configure = ["cmake", "-S", ROOT, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"]
+    if shutil.which("ninja"):
+        configure += ["-G", "Ninja"]
     steps = (
         [*configure, f"-Dpybind11_DIR={place.stdout.strip()}", "-DCMAKE_BUILD_TYPE=Release"],
         ["cmake", "--build", folder, "--parallel", str(os.cpu_count())],

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cuda_kernels import Numbers, Work
-from cuda_peers import PEERS, maker
 from cuda_shapes import H200, Case, Ceilings, cases, smallest_cases
 from cuda_timing import cache_bytes, measured_ceilings, sets_and_loops, timed, torch_graph
 from gpu_stage import Cases, Row, Settings
@@ -65,6 +64,7 @@ def prepared(settings: Settings, engine: str, case: Case) -> Prepared:
 
 def theirs(settings: Settings, engine: str, case: Case, sets: int, loops: int) -> Prepared:
     import torch
+    from cuda_peers import PEERS, maker
 
     torch.backends.cudnn.benchmark = True
     function, arguments = PEERS[case.operation](case, maker("cuda" if settings.gpu else "cpu"))

@@ -2,10 +2,10 @@
 
 import csv
 import os
-import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,32 +29,33 @@ def stage(settings: Settings) -> Cases:
     }
     if settings.tiny:  # a command knows no emulator
         runs = {"CPU": "--device cpu --base-channels 1 --depth 1 --tile 20 --steps 2"}
-    return {name: trained(settings, name, [*given, *options.split()]) for name, options in runs.items()}
+    return {name: trained([*given, *options.split()]) for name, options in runs.items()}
 
 
-def trained(settings: Settings, name: str, options: list[str]) -> Callable[[], Row]:
+def trained(options: list[str]) -> Callable[[], Row]:
     def case() -> Row:
-        out = Path(settings.out) / "runs" / name.replace(", ", "-").replace(" ", "-")
-        command = [sys.executable, "-m", "fastunet", "train", *options, "--overwrite", "--out", str(out)]
-        subprocess.run(command, check=True, timeout=LIMIT - 10)
-        with open(out / "metrics.csv") as file:
-            rows = list(csv.DictReader(file))
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "run"
+            command = [sys.executable, "-m", "fastunet", "train", *options, "--out", str(out)]
+            subprocess.run(command, check=True, timeout=LIMIT - 10)
+            with open(out / "metrics.csv") as file:
+                rows = list(csv.DictReader(file))
         losses = [float(row["loss"]) for row in rows]
         return {
             "losses": losses,
             "took": float(rows[-1]["seconds"]),
-            "validation": {key: float(value) for key, value in _last_validation(rows).items()},
+            "validation": last_validation(rows),
         }
 
     return case
 
 
-def _last_validation(rows: list[dict[str, str]]) -> dict[str, str]:
-    for row in reversed(rows):
-        found = {key: value for key, value in row.items() if re.match("val_", key) and value}
-        if found:
-            return found
-    return {}
+def last_validation(rows: list[dict[str, str]]) -> dict[str, float]:
+    """The figures of the last step that has any."""
+    found: dict[str, float] = {}
+    for row in rows:
+        found |= {key: float(value) for key, value in row.items() if key.startswith("val_") and value}
+    return found
 
 
 def summary(rows: dict[str, Row], settings: Settings) -> list[str]:

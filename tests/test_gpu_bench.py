@@ -1,6 +1,7 @@
 """bench/gpu.py works, as far as a machine without a GPU can tell: through the emulator, at the smallest shapes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,9 @@ def test_shapes_are_those_of_the_paper():
 
 def test_kernels_and_network_through_the_emulator(tmp_path):
     command = [sys.executable, BENCH / "gpu.py", "--device", "emulator", "--tiny", "--out", tmp_path]
-    done = subprocess.run([*command, "--stages", "kernels,network"], capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += ["--stages", "kernels,network"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     logs = "".join(log.read_text() for log in tmp_path.glob("*.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
     stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
@@ -121,3 +124,6 @@ def test_what_cannot_be_used_is_said(tmp_path):
     command = [sys.executable, BENCH / "gpu.py", "--out", tmp_path]
     done = subprocess.run([*command, "--stages", "kernels,speed"], capture_output=True, text=True)
     assert done.returncode == 2 and "--stages has 'speed'" in done.stderr
+    done = subprocess.run([*command, "--device", "cuda:99"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("device 'cuda:99' was asked for, but ") and done.stderr.count("\n") == 1
