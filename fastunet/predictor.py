@@ -119,9 +119,8 @@ class Predictor:
         allowed = self._allowed()
         while True:
             plans = [self._plan(height, width, view, allowed) for view in self._views]
-            self._say_if_smaller(plans[0], allowed)
             try:
-                return self._average(image, plans, progress)
+                return self._average(image, plans, allowed, progress)
             except MemoryError:
                 allowed = max(plan.memory for plan in plans) // 2
 
@@ -143,7 +142,7 @@ class Predictor:
             )
 
     def _average(
-        self, image: NDArray, plans: list[TilePlan], progress: Callable[[float], None]
+        self, image: NDArray, plans: list[TilePlan], allowed: int, progress: Callable[[float], None]
     ) -> NDArray[np.float32]:
         prediction = self._predictions.begin(image, offsets_and_scales(image, self.model.normalization))
         tiles, done = sum(len(plan) for plan in plans), 0
@@ -152,6 +151,8 @@ class Predictor:
         try:
             for view, plan in zip(self._views, plans):
                 for _ in prediction.add(view, plan):
+                    if done == 0:  # said once there was memory for it, not of each size tried
+                        self._say_if_smaller(plans[0], allowed)
                     done += 1
                     progress(done / tiles)
         finally:

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from test_predictor import network
 
-from fastunet import Predictor, UNet, input_size
+from fastunet import Predictor, UNet, input_size, no_grad
 from fastunet.tiling import prediction_bytes
 
-# Of probabilities, of networks whose logits are of the order of 1: float32 in another order of summation; bfloat16's
-# 2**-9 of each activation on its way through five layers or nine.
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.03}
+# Of probabilities, of networks whose logits are of the order of 1: float32 in another order of summation, 5e-6 at most
+# in 3600 networks; bfloat16's 2**-9 of each activation through five layers or nine, 0.015 at most in 4700.
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}
 
 
 @pytest.fixture(params=TOLERANCE)
@@ -18,8 +18,16 @@ def precision(request):
 
 
 def twins(rng, precision, depth=1, channels=1, classes=2):
-    """The same network on the CPU and on the device."""
+    """The same network on the CPU and on the device; its logits of noise are within -1 and 1."""
     model = network(depth, channels, classes, base_channels=2, seed=int(rng.integers(2**31)))
+    side = input_size(20, depth)
+    with no_grad():
+        logits = model.eval()(rng.standard_normal((1, side, side, channels))).numpy()
+    model.train()
+    state = model.state_dict()
+    for name in ("head.weight", "head.bias"):
+        state[name] = state[name] / np.abs(logits).max()
+    model.load_state_dict(state)
     twin = UNet(channels, classes, 2, depth, device="emulator", precision=precision)
     twin.load_state_dict(model.state_dict())
     return model, twin
@@ -104,13 +112,16 @@ def small_device(device, monkeypatch):
     return leave
 
 
-def test_a_plan_holds_and_what_is_kept_is_free_for_the_next(rng, precision, small_device):
+def test_a_plan_holds_and_what_is_kept_is_free_for_the_next(rng, precision, small_device, monkeypatch):
+    monkeypatch.setattr(
+        "fastunet.tiling.KEPT", 1.4
+    )  # so that two sizes of tiles do not fit one beside the other
     model, twin = twins(rng, precision)
     Predictor(twin)(np.zeros((1, 1)))  # the bfloat16 copy of the weights
     predict = Predictor(twin, tile=input_size(6, 1), rotations=4, notify=pytest.fail)
     allowed = predict.plan(9, 14).memory
     small_device(int(allowed / 0.8) + 100)
-    for height, width in ((9, 14), (13, 9)):
+    for height, width in ((9, 4), (9, 14), (13, 9)):
         image = image_of(rng, np.uint8, height, width)
         expected = Predictor(model, rotations=4)(image)
         np.testing.assert_allclose(predict(image), expected, atol=TOLERANCE[precision])
@@ -131,13 +142,13 @@ def test_little_memory_means_smaller_tiles_and_the_same_result(rng, precision, s
 
 
 def test_memory_that_somebody_takes_meanwhile(rng, small_device, device, monkeypatch):
-    """The plan is of memory that is not there: tiles are halved until they fit, and it is said once."""
+    """The plan is of memory that is not there: tiles shrink, twice here, until they fit, and it is said once."""
     model, twin = twins(rng, "fp32")
-    image = image_of(rng, np.uint8, 20, 24)
+    image = image_of(rng, np.uint8, 34, 36)
     said = []
     predict = Predictor(twin, notify=said.append)
-    whole = predict.plan(20, 24).memory
-    small_device(whole // 3)
+    whole = predict.plan(34, 36).memory
+    small_device(whole // 6)
     monkeypatch.setattr(type(predict._predictions), "free_memory", lambda self: 2 * whole)
     np.testing.assert_allclose(predict(image), Predictor(model)(image), atol=TOLERANCE["fp32"])
     assert len(said) == 1 and "instead of" in said[0]
