@@ -89,16 +89,16 @@ def ours(settings: Settings, what: str, way: str) -> tuple[Pass, Pass, Pass]:
     one: Pass
     if what == "forward":
         model.eval()
-        given = backend.host_array(image.shape, np.float32)
-        given[...] = image
+        given = backend.inlet(image.shape, np.float32)
+        given.fill(image)
 
         def forward() -> Any:
             with no_grad():
-                return model(Tensor.from_numpy(given, backend)).array
+                return model(Tensor.from_numpy(given.view, backend)).array
 
         forward()
         if way == "fastunet":
-            recorded = backend.repeat(forward), model  # whose parameters it reads
+            recorded = backend.repeat(forward), model, given  # which it reads
 
             def one() -> None:
                 recorded[0].start()

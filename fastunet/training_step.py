@@ -1,6 +1,6 @@
 """One step of training: forward, loss, backward, SGD; recorded and replayed where the device gains by it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,14 +32,17 @@ class TrainingStep:
         self._recorded: tuple[tuple[int, ...], tuple[_Recorded, _Recorded]] | None = None
         self._calls = 0
 
-    def __call__(self, image: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> Callable[[], float]:
+    def __call__(self, image: Any, labels: Any, weights: Any) -> Callable[[], float]:
         """Start a step.
+
+        Each of the three is an ndarray, which may change as soon as this returns, or an array on the network's device
+        (anything with DLPack or the CUDA array interface), which may change after what the device has by then to do.
 
         Parameters
         ----------
-        image : ndarray
+        image : array
             (N, H, W, C) float32.
-        labels, weights : ndarray
+        labels, weights : array
             (N, H', W') as `UNet.loss` takes them.
 
         Returns
@@ -48,20 +51,21 @@ class TrainingStep:
             Waits for the step and returns its loss; to be called before the step after the next is started. Raises
             ValueError as `fastunet.ops.softmax_cross_entropy`.
         """
-        shape = image.shape
+        shape = tuple(image.shape)
         if not self._backend.repeats or shape not in self._seen:
             self._seen.add(shape)
             loss = float(self._step(image, labels, weights).array)
             return lambda: loss
+        shapes = shape, tuple(labels.shape), tuple(weights.shape)
         if self._recorded is None or self._recorded[0] != shape:
             self._recorded = None  # its memory first
-            first = _Recorded(self._model, self._step, image, labels, weights)
-            second = _Recorded(self._model, self._step, image, labels, weights, beside=first.work)
+            first = _Recorded(self._model, self._step, shapes)
+            second = _Recorded(self._model, self._step, shapes, beside=first.work)
             self._recorded = shape, (first, second)
         self._calls += 1
         return self._recorded[1][self._calls % 2].start(self._optimizer, image, labels, weights)
 
-    def _step(self, image: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> Any:
+    def _step(self, image: Any, labels: Any, weights: Any) -> Any:
         self._optimizer.zero_grad()
         loss = self._model.loss(image, labels, weights)
         loss.backward()
@@ -75,27 +79,25 @@ class _Recorded:
     def __init__(
         self,
         model: UNet,
-        step: Callable[[np.ndarray, np.ndarray, np.ndarray], Any],
-        image: np.ndarray,
-        labels: np.ndarray,
-        weights: np.ndarray,
+        step: Callable[[Any, Any, Any], Any],
+        shapes: Sequence[tuple[int, ...]],
         beside: Any = None,
     ) -> None:
         backend: Any = model.parameters().backend
         self._model = model
-        self._image = backend.host_array(image.shape, np.float32)
-        self._labels = backend.host_array(labels.shape, np.int32)
-        self._weights = backend.host_array(weights.shape, np.float32)
+        self._inlets = [
+            backend.inlet(shape, dtype) for shape, dtype in zip(shapes, (np.float32, np.int32, np.float32))
+        ]
+        views = [inlet.view for inlet in self._inlets]
         draws = model.draws
-        self.work = backend.repeat(lambda: step(self._image, self._labels, self._weights).array, beside)
+        self.work = backend.repeat(lambda: step(*views).array, beside)
         self._draws, model.draws = model.draws, draws
         self._wait: Callable[[], None] = lambda: None
 
-    def start(
-        self, optimizer: SGD, image: np.ndarray, labels: np.ndarray, weights: np.ndarray
-    ) -> Callable[[], float]:
+    def start(self, optimizer: SGD, *tile: Any) -> Callable[[], float]:
         self._wait()
-        self._image[...], self._labels[...], self._weights[...] = image, labels, weights
+        for inlet, values in zip(self._inlets, tile):
+            inlet.fill(values)
         self._model.draws += 1
         # A pass has two dropouts, each a draw of its own (UNet).
         steps = 2 * (self._model.draws - self._draws)

@@ -65,6 +65,10 @@ class Backend(Protocol):
     def place(self) -> tuple[int, int]:
         """Type and number of the device's memory, as `__dlpack_device__` gives them."""
 
+    stream: int | None
+    """The stream in whose order arrays from outside are read, as `__dlpack__` takes it; None where nothing is left to
+    be done later."""
+
     def given(self, values: Any) -> Any:
         """Values from outside: a view of an array that lies in the device's memory, an ndarray of any other.
 
@@ -206,8 +210,11 @@ class Backend(Protocol):
     repeats: bool
     """Whether the device gains by doing work that it has recorded; it then has these two."""
 
-    def host_array(self, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
-        """An array from which recorded work takes values, anew each time: what it is given must be these."""
+    def inlet(self, shape: tuple[int, ...], dtype: np.dtype | type) -> Any:
+        """A place from which recorded work takes values, anew each time: what it is given must be its `view`.
+
+        `fill(values)` brings values from outside there, in the order of all that the device does, and does not wait.
+        """
 
     def repeat(self, work: Callable[[], Any], beside: Any = None) -> Any:
         """Record work that was done once before; nothing happens, though dropout's draws are counted twice.

@@ -33,6 +33,7 @@ class CpuBackend:
 
     name = "cpu"
     place = (1, 0)  # kDLCPU
+    stream = None
     repeats = False
     free_memory = staticmethod(available_bytes)
 

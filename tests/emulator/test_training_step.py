@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from fastunet import SGD, UNet
 from fastunet.backends.cuda.recording import Lifetime, plan
@@ -20,8 +21,27 @@ def samples(rng, count):
     ]
 
 
+def as_they_are(image, labels, weights):
+    """Copies of the host's, for they are poisoned when a step has been started with them."""
+    return image.copy(), labels.copy(), weights.copy()
+
+
+def on_device(image, labels, weights):
+    """What lies in the device's memory, in an order and types of another library."""
+    planes = torch.from_numpy(image.transpose(0, 3, 1, 2).copy())
+    reversed_rows = torch.from_numpy(labels.transpose(0, 2, 1).astype(np.int64))
+    return planes.permute(0, 2, 3, 1), reversed_rows.transpose(1, 2), torch.from_numpy(weights.copy())
+
+
+def poison(tile):
+    """What a step reads later than it says, it would read as this."""
+    for array, value in zip(tile, (np.nan, 7, -1)):
+        array[...] = value
+
+
+@pytest.mark.parametrize("given", [as_they_are, on_device])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_replayed_steps_are_those_of_the_operations(rng, precision):
+def test_replayed_steps_are_those_of_the_operations(rng, precision, given):
     sizes = dict(base_channels=4, depth=2, dropout=0.4, seed=int(rng.integers(2**31)))
     tiles = samples(rng, 5)
     results = []
@@ -33,7 +53,9 @@ def test_replayed_steps_are_those_of_the_operations(rng, precision):
         for number, tile in enumerate(tiles):
             optimizer.lr = 0.01 / (1 + number)
             if replayed:
-                waiting.append(step(*tile))
+                arrays = given(*tile)
+                waiting.append(step(*arrays))
+                poison(arrays)
                 if len(waiting) == 2:  # one is under way while the next is started
                     losses.append(waiting.pop(0)())
             else:
@@ -63,6 +85,18 @@ def test_a_replayed_step_tells_a_loss_that_is_none(rng):
         step(image, labels, 0 * weights)()
     with pytest.raises(ValueError, match="16 pixels whose label is not in 0..1"):
         step(image, labels + 1, weights)()
+
+
+def test_tiles_of_host_and_device_may_alternate_and_must_be_of_one_size(rng):
+    results = []
+    for ways in ((as_they_are, on_device), (as_they_are, as_they_are)):
+        model = UNet(device="emulator", precision="bf16", base_channels=1, depth=2, seed=3)
+        step = TrainingStep(model, SGD(model))
+        drawn = samples(np.random.default_rng(5), 6)
+        results.append([step(*ways[number % 2](*tile))() for number, tile in enumerate(drawn)])
+        with pytest.raises(ValueError, match=r"shape \(1, 4, 5\) was given; \(1, 4, 4\) is expected"):
+            step(drawn[0][0], np.zeros((1, 4, 5), int), drawn[0][2])
+    assert results[0] == results[1]
 
 
 def test_a_plan_lets_nothing_overlap_that_lives_together(rng):

@@ -103,6 +103,43 @@ class Repetition:
         return self._recording.start()
 
 
+class Inlet:
+    """A place on the device from which recorded work takes values of the outside, anew each time.
+
+    Attributes
+    ----------
+    view : View
+        What the work is given.
+    """
+
+    def __init__(self, table: "CudaBackend", shape: tuple[int, ...], kind: str) -> None:
+        memory = table.device.allocate(math.prod(shape) * strided.BYTES[kind])
+        self.view = View(memory, memory.pointer, shape, contiguous(shape), kind)
+        self._table = table
+        self._host: np.ndarray | None = None
+        self._send: Callable[[], None] = lambda: None
+
+    def fill(self, values: Any) -> None:
+        """Bring values from host or device there, after all that was started before; does not wait.
+
+        Values of the host must have arrived before others follow them.
+        """
+        values = self._table.given(values)
+        if values.shape != self.view.shape:
+            raise ValueError(
+                f"an array of shape {values.shape} was given; {self.view.shape} is expected, as it was recorded"
+            )
+        if isinstance(values, View):
+            self._table._copy(values, self.view)
+            return
+        if self._host is None:
+            device = self._table.device
+            host = device.host_array(self.view.shape, np.dtype(self.view.type))
+            self._host, self._send = host, device.capture(lambda: device.upload(self.view.pointer, host))
+        self._host[...] = values
+        self._send()
+
+
 class CudaBackend:
     """`fastunet.backends.Backend` on a device, in one precision.
 
@@ -128,14 +165,18 @@ class CudaBackend:
     def place(self) -> tuple[int, int]:
         return self.device.exchange.place
 
+    @property
+    def stream(self) -> int | None:
+        return self.device.exchange.stream
+
     def _launch(self, launch: Launch, arguments: ctypes.Structure, bits: int | None = None) -> None:
         """Start a kernel for this table's elements, or for those of `bits`."""
         defines = (f"-DELEMENT_BITS={bits or self.bits}", *launch.defines)
         kernel = self.device.kernel(launch.file, launch.kernel, defines)
         self.device.launch(kernel, launch.grid, launch.threads, launch.shared_bytes, arguments)
 
-    def host_array(self, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
-        return self.device.host_array(shape, dtype)
+    def inlet(self, shape: tuple[int, ...], dtype: np.dtype | type) -> Inlet:
+        return Inlet(self, shape, np.dtype(dtype).name)
 
     def repeat(self, work: Callable[[], Any], beside: Repetition | None = None) -> Repetition:
         device, schedule = self.device, self.device.allocate(SCHEDULE.itemsize)
