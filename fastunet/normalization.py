@@ -4,7 +4,9 @@ Training and prediction call the same function, so that an image of 33001 to 368
 as one of 0 to 255 does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -74,33 +76,62 @@ def scaled(image: NDArray, pairs: NDArray[np.float64]) -> NDArray[np.float32]:
     return result
 
 
-def offsets_and_scales(image: NDArray, how: Normalization) -> NDArray[np.float64]:
-    """One [offset, scale] per channel, (C, 2): what `normalize` does to this image, and when it raises ValueError."""
+@dataclass(frozen=True)
+class Grey:
+    """Of the pixels of one channel: least and largest value, mean and standard deviation, how many are not finite.
+
+    The least and the largest are of the finite ones; mean and deviation are there where all are finite.
+    """
+
+    low: float
+    high: float
+    mean: float
+    deviation: float
+    bad: int
+
+
+def statistics(image: NDArray, moments: bool) -> Iterator[Grey]:
+    """Of an image (H, W, C), channel by channel; mean and deviation only where `moments` are wanted."""
+    if image.dtype.kind not in "buif":
+        raise ValueError(f"the image holds {image.dtype} values; convert it to integers or floats")
+    for channel in range(image.shape[2]):
+        values = image[:, :, channel].astype(np.float64)
+        low, high = float(values.min()), float(values.max())
+        bad = 0 if np.isfinite(low) and np.isfinite(high) else int(values.size - np.isfinite(values).sum())
+        wanted = moments and not bad and low != high
+        mean, deviation = (values.mean(), values.std()) if wanted else (low, 0.0)
+        yield Grey(low, high, float(mean), float(deviation), bad)
+
+
+def offsets_and_scales(
+    image: Any,
+    how: Normalization,
+    statistics: Callable[[Any, bool], Iterable[Grey]] = statistics,
+) -> NDArray[np.float64]:
+    """One [offset, scale] per channel, (C, 2): what `normalize` does to this image, and when it raises ValueError.
+
+    `statistics` is told the image, and is to be given where that is no ndarray.
+    """
     if image.ndim != 3 or image.size == 0:
         raise ValueError(
             f"the image has shape {image.shape}; expected (height, width, channels), none of them 0"
         )
-    if image.dtype.kind not in "buif":
-        raise ValueError(f"the image holds {image.dtype} values; convert it to integers or floats")
     check_normalization(how, image.shape[2])
     pairs = np.empty((image.shape[2], 2))
-    for channel in range(image.shape[2]):
-        values = image[:, :, channel].astype(np.float64)
-        low, high = float(values.min()), float(values.max())
-        if not (np.isfinite(low) and np.isfinite(high)):
-            bad = int(values.size - np.isfinite(values).sum())
+    for channel, grey in enumerate(statistics(image, how == "zscore")):
+        if grey.bad:
             raise ValueError(
-                f"channel {channel} of the image holds {bad} NaN or infinite values; make them finite"
+                f"channel {channel} of the image holds {grey.bad} NaN or infinite values; make them finite"
             )
         if not isinstance(how, str):
             pairs[channel] = how[channel]
         elif how == "none":
             pairs[channel] = 0.0, 1.0
-        elif low == high:
+        elif grey.low == grey.high:
             # The mean of equal values may miss them by one rounding, and the std would then not be 0.
-            pairs[channel] = low, 1.0
+            pairs[channel] = grey.low, 1.0
         elif how == "zscore":
-            pairs[channel] = values.mean(), 1.0 / values.std()
+            pairs[channel] = grey.mean, 1.0 / grey.deviation
         else:
-            pairs[channel] = low, 1.0 / (high - low)
+            pairs[channel] = grey.low, 1.0 / (grey.high - grey.low)
     return pairs

@@ -173,7 +173,8 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 def softmax_cross_entropy(logits: Tensor, labels: Any, weights: Any) -> Tensor:
     """Weighted cross-entropy of the softmax: sum of w(x) * -log p_label(x) over the sum of w(x).
 
-    Ronneberger et al. (2015), section 3, eq. 1, normalised by the weights. Value and gradient are made in one pass.
+    Ronneberger et al. (2015), section 3, eq. 1, normalised by the weights. Value and gradient are made in one pass. A
+    pixel of weight 0 counts for nothing, though its logits be no numbers.
 
     Parameters
     ----------
@@ -192,7 +193,8 @@ def softmax_cross_entropy(logits: Tensor, labels: Any, weights: Any) -> Tensor:
     Raises
     ------
     ValueError
-        If shapes do not fit, a label names no class, or the weights sum to zero.
+        If shapes do not fit, a label names no class, or the weights sum to zero; on a GPU the last two when the number
+        is asked for, and the gradients are those of the pixels that count.
     """
     backend = logits.backend
     labels, weights = _check_truth(backend, labels, weights, logits.shape[:3])
@@ -203,6 +205,9 @@ def softmax_cross_entropy(logits: Tensor, labels: Any, weights: Any) -> Tensor:
 
 def head_cross_entropy(x: Tensor, weight: Parameter, bias: Parameter, labels: Any, weights: Any) -> Tensor:
     """`softmax_cross_entropy` of `conv1x1`, in one pass where the device can: the end of a training step.
+
+    Where an input that is not finite lies in a pixel of weight 0, the gradients of its channel's weights are no numbers
+    (0 times it, as in any convolution); loss and other gradients are without it.
 
     Raises
     ------

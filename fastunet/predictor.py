@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from fastunet import backends, ops
 from fastunet.autograd import Tensor, no_grad
 from fastunet.errors import DataError
 from fastunet.memory import format_bytes
-from fastunet.normalization import offsets_and_scales
+from fastunet.normalization import offsets_and_scales, statistics
 from fastunet.rotations import Rotation, Turn, views
 from fastunet.tiling import TilePlan, check_tile, plan_tiles
 from fastunet.unet import UNet
@@ -63,20 +62,22 @@ class Predictor:
         )
         self._notify = notify
 
-    def __call__(
-        self, image: ArrayLike, progress: Callable[[float], None] | None = None
-    ) -> NDArray[np.float32]:
+    def __call__(self, image: Any, progress: Callable[[float], None] | None = None) -> Any:
         """Predict one image, or a stack image by image.
 
         Parameters
         ----------
         image : (H, W), (H, W, C), (N, H, W) or (N, H, W, C), booleans, integers or finite floats. Three axes
-            are (H, W, C) when the last is at most 4 or the model's number of channels.
+            are (H, W, C) when the last is at most 4 or the model's number of channels. An array of another library
+            (`__dlpack__` or `__cuda_array_interface__`) in the memory of the model's device is read where it is, in
+            any order of its axes; only the seven rotations take their views through the host.
         progress : is told after every tile which part of this call is done, up to 1.0
 
         Returns
         -------
-        (H, W, K) or (N, H, W, K) float32 probabilities of the K classes, summing to 1
+        (H, W, K) or (N, H, W, K) float32 probabilities of the K classes, summing to 1: an ndarray, or for an array on
+        the device one that is there, too, with `__dlpack__` and on a GPU `__cuda_array_interface__`
+        (`cupy.from_dlpack(probabilities)`, `torch.from_dlpack(probabilities)`)
 
         Raises
         ------
@@ -85,31 +86,35 @@ class Predictor:
         MemoryError
             If even the smallest tile does not fit.
         """
-        image = np.asarray(image)
+        image = self.model.backend.given(image)
         stack = image.ndim == 4 or (image.ndim == 3 and not self._is_one_image(image))
         if image.ndim not in (2, 3, 4) or image.size == 0:
             raise ValueError(
                 f"the image has shape {image.shape}; expected (H, W), (H, W, C), (N, H, W) or (N, H, W, C), "
                 "none of them 0"
             )
-        if not stack:
-            return self._predict(image, progress or _ignore)
-        result: list[NDArray[np.float32]] = []
-        for one in image:
-            result.append(
-                self._predict(one, lambda part: (progress or _ignore)((len(result) + part) / len(image)))
+        images = [image[number] for number in range(len(image))] if stack else [image]
+        sums: list[Any] = []
+        for one in images:
+            sums.append(
+                self._predict(one, lambda part: (progress or _ignore)((len(sums) + part) / len(images)))
             )
-        return np.stack(result)
+        if not isinstance(image, np.ndarray):
+            return self._predictions.averaged(sums, len(self._views), stack)
+        for total in sums:
+            total /= len(self._views)
+        return np.stack(sums) if stack else sums[0]
 
     def plan(self, height: int, width: int) -> TilePlan:
         """Plan the tiles of an image of this size (not rotated) within the memory there is now."""
         return self._plan(height, width, Turn(), self._allowed())
 
-    def _is_one_image(self, image: NDArray) -> bool:
+    def _is_one_image(self, image: Any) -> bool:
         return image.shape[2] <= 4 or image.shape[2] == self.model.in_channels
 
-    def _predict(self, image: NDArray, progress: Callable[[float], None]) -> NDArray[np.float32]:
-        image = image if image.ndim == 3 else image[:, :, None]
+    def _predict(self, image: Any, progress: Callable[[float], None]) -> Any:
+        """The sum over the views."""
+        image = image if image.ndim == 3 else image[..., None]
         if image.shape[2] != self.model.in_channels:
             raise ValueError(
                 f"the image has {image.shape[2]} channels (shape {image.shape}) and the model takes "
@@ -120,7 +125,7 @@ class Predictor:
         while True:
             plans = [self._plan(height, width, view, allowed) for view in self._views]
             try:
-                return self._average(image, plans, allowed, progress)
+                return self._sum(image, plans, allowed, progress)
             except MemoryError:
                 allowed = max(plan.memory for plan in plans) // 2
 
@@ -141,10 +146,10 @@ class Predictor:
                 "is available; the result is the same"
             )
 
-    def _average(
-        self, image: NDArray, plans: list[TilePlan], allowed: int, progress: Callable[[float], None]
-    ) -> NDArray[np.float32]:
-        prediction = self._predictions.begin(image, offsets_and_scales(image, self.model.normalization))
+    def _sum(self, image: Any, plans: list[TilePlan], allowed: int, progress: Callable[[float], None]) -> Any:
+        known = statistics if isinstance(image, np.ndarray) else self._predictions.statistics
+        scales = offsets_and_scales(image, self.model.normalization, known)
+        prediction = self._predictions.begin(image, scales)
         tiles, done = sum(len(plan) for plan in plans), 0
         was_training = self.model.training
         self.model.eval()
@@ -158,9 +163,7 @@ class Predictor:
         finally:
             if was_training:
                 self.model.train()
-        total = prediction.sum()
-        total /= len(plans)
-        return total
+        return prediction.sum()
 
 
 def _probabilities(model: UNet, tile: Any) -> Any:

@@ -7,10 +7,10 @@
     optimizer.step()
 
 CUDA tensors are computed on by the CUDA kernels, on the same GPU and in order with PyTorch's current stream; tensors on
-the CPU by the C++ engine. On a GPU nothing passes through the host but a loss: tensors in torch.channels_last whose
-channels are a multiple of 16, or at most 4, are read where they are if the kernels compute in their type; others are
-rearranged on the device. Results are in torch.channels_last. Weights are float32 in PyTorch's layouts, and packed for
-the kernels in each pass. Gradients of gradients are not there.
+the CPU by the C++ engine. On a GPU nothing passes through the host and nobody waits: tensors in torch.channels_last
+whose channels are a multiple of 16, or at most 4, are read where they are if the kernels compute in their type; others
+are rearranged on the device. Results are in torch.channels_last. Weights are float32 in PyTorch's layouts, and packed
+for the kernels in each pass. Gradients of gradients are not there.
 """
 
 from collections.abc import Callable, Sequence
@@ -235,7 +235,8 @@ def weighted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weights: 
     Raises
     ------
     ValueError
-        If shapes or devices do not fit, a label names no class, or the weights sum to zero.
+        If shapes or devices do not fit; on the CPU, if a label names no class or the weights sum to zero. On a GPU the
+        loss is then no number, for nobody waits for it.
     """
     engine = _Engine(_backend_of(logits))
     _check("the logits", logits, engine.place, tuple(_PRECISIONS), axes=4)
@@ -304,8 +305,8 @@ class _Pass:
             for x in tensors[: self._count]
         ]
         self._result = self._run(self._inputs)
-        if self._result.shape == ():
-            return torch.tensor(float(self._result), dtype=self._dtype, device=self._engine.place)
+        if isinstance(self._result.array, float):
+            return torch.tensor(self._result.array, dtype=self._dtype)
         return torch.from_dlpack(self._result).to(self._dtype)
 
     def backward(self, gradient: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
@@ -313,18 +314,21 @@ class _Pass:
         engine.pack(tensors[self._count :], wanted_by=self._mark)
         if engine.parameters is not None:
             engine.parameters.gradients_buffer[...] = 0
-        self._result.backward(gradient.item() if gradient.ndim == 0 else gradient)
+        # A loss's own gradient is on the device: all others are in proportion to it.
+        self._result.backward(1.0 if gradient.ndim == 0 else gradient)
         found: list[torch.Tensor | None] = []
-        for x, tensor in zip(self._inputs, tensors):
+        for x in self._inputs:
             x_gradient = x.device_gradient
             if x_gradient is None:
                 found.append(None)
             else:
-                found.append(torch.from_dlpack(x_gradient).permute(0, 3, 1, 2).to(tensor.dtype))
+                found.append(torch.from_dlpack(x_gradient).permute(0, 3, 1, 2))
         for parameter, weight in zip(engine.weights, tensors[self._count :], strict=True):
             wanted = weight.requires_grad
             found.append(torch.from_dlpack(parameter.exported(parameter.gradient)) if wanted else None)
-        return found
+        if gradient.ndim == 0:
+            torch._foreach_mul_([one for one in found if one is not None], gradient)
+        return [None if one is None else one.to(tensor.dtype) for one, tensor in zip(found, tensors)]
 
 
 class _Function(torch.autograd.Function):

@@ -9,8 +9,9 @@
 // x and x_gradient are whole tensors of PITCH stored channels; x_gradient and workspace may be null. Weight float32,
 // [CLASSES padded to 16][PITCH], zero in the padding; logits are shifted by their largest, so that any finite ones are
 // safe. A pixel of weight 0 counts for nothing, whatever its label; one that has a weight and the label of no class is
-// counted, and its gradient is 0. kernels/softmax.cu sums the weights before (weight_sums) and the loss after
-// (total_loss).
+// counted, and its gradient is 0. Of values that are not finite in such pixels only the weight gradient of their own
+// channels knows, where they meet the zeros of g. kernels/softmax.cu sums the weights before (weight_sums) and the loss
+// after (total_loss).
 //
 // Built with PITCH and CLASSES, at most kMostOutputs: 8 for up to 256 channels, 2048 / PITCH up to 1024 (a lane has the
 // weight gradient in registers); conv1x1.cu and softmax.cu together do the rest. Blocks of 128 threads; grid.x is any
@@ -93,9 +94,10 @@ KERNEL(head_cross_entropy, HeadArguments, 128, 2) {
     UNROLL
     for (int p = 0; p < kPixels; ++p) {
       const bool known = label[p] >= 0 && label[p] < CLASSES, heavy = pixel_weight[p] != 0.0f;
-      const float nats = cross_entropy(logits[p], label[p], known && heavy, pixel_weight[p] * scale);
+      const bool counts = known && heavy;
+      const float nats = cross_entropy(logits[p], label[p], counts, pixel_weight[p] * scale);
       // Every lane of a pixel has the same; one of them reports it.
-      if (threadIdx.x % kLanes == 0) loss += pixel_weight[p] * nats, invalid += !known && heavy;
+      if (threadIdx.x % kLanes == 0) loss += counts ? pixel_weight[p] * nats : 0.0f, invalid += !known && heavy;
       UNROLL
       for (int k = 0; k < CLASSES; ++k) weight_gradient.add(k, logits[p][k], x[p]);
     }

@@ -10,7 +10,8 @@
 //   softmax                 probabilities; grid ceil(pixels / 128)
 //   softmax_cross_entropy   logit_gradient, if not null, and each block's loss; any grid up to ceil(pixels / 128): a
 //                           block goes over the pixels in steps of the grid
-//   total_loss              the sums of all: {sum of w * -log p, sum of w, pixels with an invalid label}; grid 1
+//   total_loss              the sums of all: {sum of w * -log p, sum of w, pixels with an invalid label}; and the loss,
+//                           no number where a label is invalid or no pixel has a weight; grid 1
 //
 // Blocks of 128 threads; 1024 bytes of shared memory in all but softmax. A thread has a pixel: a warp's 32 K
 // neighbouring floats are read from memory once and then found in the cache. Cost, bytes a pixel: 4; 8 K; 8 K + 8 with
@@ -104,6 +105,7 @@ struct TotalLossArguments {
   const LossPart* loss_parts;
   const double* weight_parts;
   double* total;
+  float* value;
   int parts;
 };
 
@@ -117,5 +119,8 @@ KERNEL(total_loss, TotalLossArguments, 128, 8) {
   loss = sum_of_block<kThreads>(loss, sums);
   invalid = sum_of_block<kThreads>(invalid, sums);
   const double weights = sum_of_weights<kThreads>(arguments.weight_parts, sums);
-  if (threadIdx.x == 0) arguments.total[0] = loss, arguments.total[1] = weights, arguments.total[2] = invalid;
+  if (threadIdx.x != 0) return;
+  arguments.total[0] = loss, arguments.total[1] = weights, arguments.total[2] = invalid;
+  const bool exists = invalid == 0.0 && weights != 0.0;
+  *arguments.value = exists ? static_cast<float>(loss / weights) : __uint_as_float(0x7FC00000u);
 }

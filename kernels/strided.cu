@@ -8,7 +8,7 @@
 //
 // Grid: ceil(elements / 256) blocks of 256 threads, the last index fastest. Cost: each element read and written once,
 // one side without coalescing where the orders differ. Tested against NumPy (tests/emulator/test_exchange.py).
-#include "element.cuh"
+#include "number.cuh"
 
 struct CopyArguments {
   const void* source;
@@ -18,29 +18,6 @@ struct CopyArguments {
   int extents[4];
   int source_type, target_type;
 };
-
-__device__ __forceinline__ double number_at(const void* data, long long place, int type) {
-  switch (type) {
-    case 0:
-      return static_cast<const float*>(data)[place];
-    case 1:
-      return to_float(static_cast<const bfloat16*>(data)[place]);
-    case 2:
-      return static_cast<const int*>(data)[place];
-    case 3:
-      return static_cast<double>(static_cast<const long long*>(data)[place]);
-    case 4:
-      return static_cast<const unsigned char*>(data)[place];
-    case 5:
-      return static_cast<const unsigned short*>(data)[place];
-    case 6:
-      return static_cast<const short*>(data)[place];
-    case 7:
-      return static_cast<const signed char*>(data)[place];
-    default:
-      return static_cast<const double*>(data)[place];
-  }
-}
 
 KERNEL(copy, CopyArguments, 256, 8) {
   long long rest = static_cast<long long>(blockIdx.x) * 256 + threadIdx.x, source = 0, target = 0;

@@ -278,6 +278,35 @@ def test_head_cross_entropy_is_the_two_one_after_the_other(backend, rng, case):
         ops.head_cross_entropy(Tensor.from_numpy(values, backend), weight, bias, labels[:, :0], weights)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_a_value_that_is_no_number_in_a_pixel_without_weight(backend, rng, in_one_pass, bad):
+    """It is 0 times it that the gradient of its channel's weights knows; nothing else does, and PyTorch's all do."""
+    values = rng.standard_normal((2, 5, 7, 20)).astype(np.float32)
+    weight, bias = parameters(backend, rng, "conv", 3, (20,), 1)
+    labels, weights = rng.integers(0, 3, (2, 5, 7)), rng.random((2, 5, 7)).astype(np.float32) + 0.1
+    place, channel = tuple(int(rng.integers(n)) for n in labels.shape), int(rng.integers(20))
+    weights[place] = 0
+
+    def run(value: float) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+        values[(*place, channel)] = value
+        x = Tensor.from_numpy(values, backend, requires_gradient=True)
+        if in_one_pass:
+            loss = ops.head_cross_entropy(x, weight, bias, labels, weights)
+        else:
+            loss = ops.softmax_cross_entropy(ops.conv1x1(x, weight, bias), labels, weights)
+        for parameter in (weight, bias):
+            parameter.assign(np.zeros(parameter.shape), parameter.gradient)
+        loss.backward()
+        return float(loss), x.gradient, *(one.numpy(one.gradient) for one in (weight, bias))
+
+    for what, found, expected in zip(("loss", "data", "weight", "bias"), run(bad), run(1.0), strict=True):
+        if what == "weight":
+            assert np.isnan(found[:, channel]).all()
+            found, expected = (np.delete(one, channel, 1) for one in (found, expected))
+        np.testing.assert_array_equal(found, expected, what)
+
+
 @pytest.mark.parametrize("place", list(np.ndindex(2, 2)), ids=str)
 def test_maxpool2x2_does_not_hide_a_value_that_is_no_number(backend, place):
     values = np.ones((1, 2, 2, 1), np.float32)
@@ -334,9 +363,10 @@ def test_softmax_cross_entropy_refuses_what_has_no_loss(backend, rng):
     logits = Tensor.from_numpy(rng.standard_normal((1, 4, 4, 3)), backend, requires_gradient=True)
     labels, weights = np.zeros((1, 4, 4), int), np.ones((1, 4, 4), np.float32)
     with pytest.raises(ValueError, match="sum to zero"):
-        ops.softmax_cross_entropy(logits, labels, 0 * weights)
+        float(ops.softmax_cross_entropy(logits, labels, 0 * weights))
     with pytest.raises(ValueError, match="1 pixels whose label is not in 0..2"):
-        ops.softmax_cross_entropy(logits, np.where(np.arange(16).reshape(1, 4, 4) == 5, 3, labels), weights)
+        wrong = np.where(np.arange(16).reshape(1, 4, 4) == 5, 3, labels)
+        float(ops.softmax_cross_entropy(logits, wrong, weights))
     with pytest.raises(ValueError, match="labels have shape"):
         ops.softmax_cross_entropy(logits, labels[:, 1:], weights)
 

@@ -3,6 +3,7 @@
 import pytest
 from test_ops import (  # noqa: F401
     test_a_strip_of_any_length,
+    test_a_value_that_is_no_number_in_a_pixel_without_weight,
     test_a_value_that_is_no_number_is_not_hidden_by_relu,
     test_conv1x1,
     test_conv3x3,

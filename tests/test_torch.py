@@ -180,11 +180,26 @@ def test_what_does_not_fit_is_refused(device, dtype, rng):
         ((logits, labels.to("meta"), weights), "labels are on meta; cpu is expected"),
         ((logits, labels, weights.to("meta")), "weights are on meta; cpu is expected"),
         ((logits, labels.double(), weights), "labels are of torch.float64; integers are expected"),
-        ((logits, labels + 4, weights), "25 pixels whose label is not in 0..3"),
-        ((logits, labels, 0 * weights), "weights that sum to zero"),
     ):
         with pytest.raises(ValueError, match=sentence):
             loss(*arguments)
+
+
+def test_a_loss_that_does_not_exist(device, dtype, rng):
+    """Refused on the CPU; on a GPU, where nobody waits to see it, no number, and without gradients."""
+    labels, weights = torch.zeros((1, 5, 5), dtype=torch.int64), torch.ones(1, 5, 5)
+    for truth, sentence in (
+        ((labels + 4, weights), "25 pixels whose label is not in 0..3"),
+        ((labels, 0 * weights), "weights that sum to zero"),
+    ):
+        logits = normal(rng, (1, 4, 5, 5), dtype).requires_grad_()
+        if device == "cpu":
+            with pytest.raises(ValueError, match=sentence):
+                fastunet.torch.weighted_cross_entropy(logits, *truth)
+        else:
+            loss = fastunet.torch.weighted_cross_entropy(logits, *truth)
+            loss.backward()
+            assert loss.isnan() and not logits.grad.any()
 
 
 def test_bfloat16_is_refused_on_the_cpu(rng):

@@ -9,13 +9,14 @@ import importlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from fastunet.normalization import Grey
     from fastunet.rotations import Rotation, Turn
     from fastunet.tiling import TilePlan
 
@@ -26,8 +27,8 @@ class Prediction(Protocol):
     def add(self, view: "Turn | Rotation", plan: "TilePlan") -> Iterator[None]:
         """Predict the tiles of a view, one at each step of the iterator, and add it."""
 
-    def sum(self) -> np.ndarray:
-        """(H, W, K) float32, once every view was added to its end."""
+    def sum(self) -> Any:
+        """(H, W, K) float32, once every view was added to its end; for `averaged` where the image was no ndarray."""
 
 
 class Predictions(Protocol):
@@ -41,8 +42,8 @@ class Predictions(Protocol):
 
     element_bytes: int
 
-    def begin(self, image: np.ndarray, scales: np.ndarray) -> Prediction:
-        """Predict an image (H, W, C) of numbers x that the network wants as (x - offset) * scale.
+    def begin(self, image: Any, scales: np.ndarray) -> Prediction:
+        """Predict an image (H, W, C) from `Backend.given`, of numbers x that the network wants as (x - offset) * scale.
 
         `scales` holds [offset, scale] of each channel.
 
@@ -54,6 +55,12 @@ class Predictions(Protocol):
 
     def free_memory(self) -> int:
         """Bytes that a prediction can take at present."""
+
+    def statistics(self, image: Any, moments: bool) -> Iterable["Grey"]:
+        """`fastunet.normalization.statistics` of an image that `Backend.given` left on the device."""
+
+    def averaged(self, sums: Sequence[Any], views: int, stacked: bool) -> Any:
+        """Sums over so many views of such images, divided: (H, W, K) of one, or a stack; with `__dlpack__`."""
 
 
 class Backend(Protocol):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from test_predictor import network
 
 from fastunet import Predictor, UNet, input_size, no_grad
@@ -90,6 +91,135 @@ def test_arrays_that_lie_otherwise_in_memory(rng):
     model, twin = twins(rng, "fp32", channels=2)
     image = np.moveaxis(image_of(rng, ">u2", 2, 9, 6), 0, 2)[::-1]
     np.testing.assert_allclose(Predictor(twin)(image), Predictor(model)(image), atol=TOLERANCE["fp32"])
+
+
+# ---- Images on the device: PyTorch's on the CPU, where that is the emulated device's memory, or on a GPU -------------
+
+
+def on_device(image: np.ndarray, device) -> torch.Tensor:
+    return torch.from_numpy(image).to("cpu" if device.name == "emulator" else device.name)
+
+
+LAYOUTS = {
+    "as it comes": lambda image: image,
+    "channels first": lambda image: image.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    "columns first": lambda image: image.transpose(0, 1).contiguous().transpose(0, 1),
+    "a part": lambda image: torch.nn.functional.pad(image, (0, 3, 2, 1))[:, 2:-1, : image.shape[2]],
+    "every other": lambda image: image.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2],
+}
+DEVICE_IMAGES = [
+    # dtype, channels, normalization
+    (np.uint8, 1, "zscore"),
+    (np.uint16, 2, "minmax"),
+    (np.float32, 1, "zscore"),
+    (np.float64, 2, "zscore"),
+    (np.int16, 1, "none"),
+    (np.int64, 2, "minmax"),
+    (bool, 1, "zscore"),
+    (np.int8, 3, [[3.5, 0.1]] * 3),
+]
+
+
+@pytest.fixture
+def no_pixels_through_the_host(device, monkeypatch):
+    """Only numbers pass: statistics, scales."""
+
+    def refused(way):
+        def copy(pointer, values, *rest):
+            assert np.prod(values if isinstance(values, tuple) else values.shape) <= 8, "pixels"
+            return way(pointer, values, *rest)
+
+        return copy
+
+    def install():
+        for way in ("upload", "download"):
+            monkeypatch.setattr(device, way, refused(getattr(device, way)))
+
+    yield install
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype, channels, rule", DEVICE_IMAGES, ids=str)
+def test_an_image_on_the_device_is_predicted_there(
+    rng, device, no_pixels_through_the_host, dtype, channels, rule, layout
+):
+    """As from the host; float sums are in another order: 1e-13 of a scale, a rounding of float32 in a few pixels."""
+    _, twin = twins(rng, "fp32", channels=channels)
+    twin.normalization = rule
+    image = image_of(rng, dtype, 9, 12, channels)
+    if np.dtype(dtype).kind == "i":
+        image -= image.dtype.type(100)
+    given = LAYOUTS[layout](on_device(image, device))
+    np.testing.assert_array_equal(given.cpu().numpy(), image)
+    predict = Predictor(twin, tile=input_size(6, 1), rotations=4)
+    expected = predict(image)
+    no_pixels_through_the_host()
+    found = predict(given)
+    assert found.shape == expected.shape and not isinstance(found, np.ndarray)
+    np.testing.assert_allclose(torch.from_dlpack(found).cpu().numpy(), expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(given.cpu().numpy(), image)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (2, 9, 8), (2, 6, 7, 1)], ids=str)
+@pytest.mark.parametrize("rotations", [1, 8])
+def test_stacks_and_images_without_channels_on_the_device(
+    rng, device, no_pixels_through_the_host, precision, shape, rotations
+):
+    _, twin = twins(rng, precision)
+    image = image_of(rng, np.uint16, *shape)
+    predict, parts = Predictor(twin, rotations=rotations), []
+    expected = predict(image)
+    no_pixels_through_the_host()
+    found = torch.from_dlpack(predict(on_device(image, device), progress=parts.append)).cpu().numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    assert parts[-1] == 1.0 and parts == sorted(parts)
+    assert found.shape == (*image.shape[: 3 if image.ndim > 2 else 2], 2)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64])
+def test_resampled_views_of_an_image_on_the_device(rng, device, dtype):
+    _, twin = twins(rng, "fp32")
+    image = image_of(rng, dtype, 4, 7)
+    predict = Predictor(twin, rotations=7)
+    found = torch.from_dlpack(predict(on_device(image, device))).cpu().numpy()
+    np.testing.assert_allclose(found, predict(image), rtol=0, atol=1e-6)
+
+
+def test_a_prediction_on_the_device_lives_on_its_own(rng, device):
+    _, twin = twins(rng, "fp32")
+    image = image_of(rng, np.uint8, 9, 8)
+    predict = Predictor(twin)
+    expected, given = predict(image), on_device(image, device)
+    found = predict(given)
+    given.zero_()
+    again = predict(given)
+    np.testing.assert_allclose(torch.from_dlpack(found).cpu().numpy(), expected, rtol=0, atol=1e-6)
+    assert found.__dlpack_device__() == twin.backend.place and hasattr(found, "__dlpack__")
+    assert not torch.equal(torch.from_dlpack(again), torch.from_dlpack(found))
+
+
+def test_images_on_the_device_that_cannot_be_predicted(rng, device, small_device):
+    _, twin = twins(rng, "fp32", channels=2)
+    predict = Predictor(twin)
+    image = on_device(image_of(rng, np.float32, 6, 5, 2), device)
+    for value in (np.nan, np.inf):
+        image[3, 2, 1] = value
+        with pytest.raises(
+            ValueError, match="channel 1 of the image holds 1 NaN or infinite values; make them"
+        ):
+            predict(image)
+    for given, sentence in (
+        (image[..., :1], r"the image has 1 channels \(shape \(6, 5, 1\)\) and the model takes 2"),
+        (image[:0], r"the image has shape \(0, 5, 2\); expected \(H, W\)"),
+        (image[0, 0], "none of them 0"),
+        (image.to(torch.complex64), "an array of .*64 was given; float32, .* are what can be read"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            predict(given)
+    image[3, 2, 1] = 0
+    small_device(2000)
+    with pytest.raises(MemoryError, match="6x5 pixels takes at least"):
+        predict(image)
 
 
 def test_progress_is_of_tiles_that_are_done(rng):

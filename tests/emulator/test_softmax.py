@@ -28,11 +28,16 @@ class Truth:
         run(device, softmax.weight_sums(), 32, arguments)
 
     def total(self, loss_parts, parts: int) -> np.ndarray:
-        """Sum of losses, sum of weights, pixels of an invalid label."""
-        total = self.device.allocate(24)
-        pointers = loss_parts.pointer, self.weight_parts.pointer, total.pointer
+        """Sum of losses, sum of weights, pixels of an invalid label; the loss itself is what these say."""
+        total, value = self.device.allocate(24), self.device.allocate(4)
+        pointers = loss_parts.pointer, self.weight_parts.pointer, total.pointer, value.pointer
         run(self.device, softmax.total_loss(), 32, softmax.TotalLossArguments(*pointers, parts))
-        return self.device.download(total.pointer, (3,), np.float64)
+        loss, weight, invalid = totals = self.device.download(total.pointer, (3,), np.float64)
+        expected = loss / weight if weight and not invalid else np.nan
+        np.testing.assert_array_equal(
+            self.device.download(value.pointer, (), np.float32), np.float32(expected)
+        )
+        return totals
 
 
 def random_truth(rng, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -122,3 +127,11 @@ def test_labels_of_no_class_are_counted_and_give_no_gradient(device, rng):
     (_, _, invalid), gradient = cross_entropy(device, values, labels, weights)
     assert invalid == np.count_nonzero(wrong & (weights != 0))
     np.testing.assert_array_equal(gradient[wrong], 0)
+
+
+def test_without_weights_there_is_no_loss_and_no_gradient(device, rng):
+    values = rng.standard_normal((1, 4, 5, 3)).astype(np.float32)
+    labels, _ = random_truth(rng, values.shape)
+    totals, gradient = cross_entropy(device, values, labels, np.zeros(labels.shape))
+    assert tuple(totals) == (0, 0, 0)
+    np.testing.assert_array_equal(gradient, 0)

@@ -10,6 +10,7 @@ import test_ops
 import torch
 import torch_unet
 from test_ops import (  # noqa: F401
+    test_a_value_that_is_no_number_in_a_pixel_without_weight,
     test_dropout_mask_is_philox,
     test_head_cross_entropy_is_the_two_one_after_the_other,
     test_little_is_lost_of_a_loss_small_beside_its_logits,

@@ -3,6 +3,9 @@
 import pytest
 import torch
 from test_torch import (  # noqa: F401
+    network,
+    sample,
+    test_a_loss_that_does_not_exist,
     test_a_relu_is_convolved_with,
     test_convolutions_and_their_gradients,
     test_dropout_follows_the_modules_mode_and_draws_anew,
@@ -30,15 +33,45 @@ def device(monkeypatch) -> str:
     return "emulator"
 
 
-def test_tensors_are_read_where_they_are(device, dtype, monkeypatch):
-    """In channels_last and the kernels' type; weights are packed and results given without the host."""
-    table = backends.load("emulator", fastunet.torch._PRECISIONS[dtype])
+@pytest.fixture
+def host_is_idle(device, monkeypatch):
+    """Called, it forbids all that passes through the host or waits for the device."""
 
     def refuse(*arguments):
-        raise AssertionError("a copy passes through the host")
+        raise AssertionError("the host takes part")
 
-    for way in ("upload", "download"):
-        monkeypatch.setattr(table.device, way, refuse)
+    def forbid():
+        emulator = backends.load("emulator", "fp32").device
+        for way in ("upload", "download", "read_back", "synchronize", "mark"):
+            monkeypatch.setattr(emulator, way, refuse)
+
+    return forbid
+
+
+@pytest.mark.parametrize("head_in_the_loss", [True, False])
+def test_nobody_waits_for_a_training_step(device, dtype, rng, host_is_idle, head_in_the_loss):
+    model, (x, labels, weights) = network(rng, device, dtype, dropout=0.5), sample(rng)
+    x.requires_grad_()
+
+    def step(factor: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.draws = 0
+        if head_in_the_loss:
+            loss = model.loss(x, labels, weights)
+        else:
+            loss = fastunet.torch.weighted_cross_entropy(model(x), labels, weights)
+        return loss, torch.autograd.grad(loss * factor, [x, *model.parameters()])
+
+    host_is_idle()
+    loss, gradients = step(1)
+    half, halves = step(0.5)
+    assert loss.shape == () and loss.dtype == torch.float32 and loss == half and loss > 0
+    for one, other in zip(gradients, halves, strict=True):
+        assert torch.equal(0.5 * one, other) and one.any()
+
+
+def test_tensors_are_read_where_they_are(device, dtype, monkeypatch, host_is_idle):
+    """In channels_last and the kernels' type; weights are packed and results given without the host."""
+    host_is_idle()
     seen = []
     real = fastunet.ops.conv3x3
     monkeypatch.setattr(

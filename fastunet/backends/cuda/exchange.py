@@ -50,6 +50,18 @@ class View:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, place: Any) -> "View":
+        """As of an ndarray: what lies at an index of the first axis, or with [..., None] one more axis at the end."""
+        if place == (..., None):
+            return replace(self, shape=(*self.shape, 1), strides=(*self.strides, 1))
+        if not 0 <= place < len(self):
+            raise IndexError(f"index {place} of an array of shape {self.shape}")
+        pointer = self.pointer + place * self.strides[0] * BYTES[self.type]
+        return replace(self, pointer=pointer, shape=self.shape[1:], strides=self.strides[1:])
+
     def part(self, axis: int, first: int, count: int) -> "View":
         """So many indices of an axis from `first` on."""
         return replace(
@@ -168,6 +180,10 @@ def _from_interface(description: dict[str, Any], owner: Any, exchange: Exchange)
     dtype = np.dtype(description["typestr"])
     shape = tuple(description["shape"])
     given = description.get("strides")
+    if any(stride % dtype.itemsize for stride in given or ()):
+        raise ValueError(
+            f"an array with strides of {given} bytes was given; multiples of {dtype.itemsize} are expected"
+        )
     strides = contiguous(shape) if given is None else tuple(stride // dtype.itemsize for stride in given)
     kind = "uint8" if dtype.kind == "b" else dtype.name if dtype.isnative else dtype.str
     return _view(description["data"][0], shape, strides, kind, owner, exchange)

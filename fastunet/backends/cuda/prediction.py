@@ -1,12 +1,13 @@
 """Whole images predicted on the device: put there once; tiles gathered, seen by the network, stitched; read back once.
 
-Views that only move pixels are read from the image, and added to the sum of all views, where these lie. A resampled
-view is made on the host, whole, and its prediction is brought back there.
+An image that is there already, of whatever library, stays and is read where it lies, and so does its prediction. Views
+that only move pixels are read from the image, and added to the sum of all views, where these lie. A resampled view is
+made on the host, whole, and its prediction is brought back there.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 
 from fastunet.backends.cuda.arrays import Array
 from fastunet.backends.cuda.device import Device, Memory
+from fastunet.backends.cuda.exchange import Exported, View
 from fastunet.geometry import border
-from fastunet.normalization import scaled
+from fastunet.normalization import Grey, scaled
 from fastunet.rotations import Rotation, Turn
 from fastunet.tiling import Tile, TilePlan
 
@@ -65,9 +67,33 @@ class Plane:
         device.upload(plane.pointer, values)
         return plane
 
+    @classmethod
+    def of(cls, image: View) -> "Plane | None":
+        """The same memory, if tiles can be gathered from it: a type that is stored, a pixel's channels side by side."""
+        height, width, channels = image.shape
+        row, column, channel = (stride if n > 1 else 0 for stride, n in zip(image.strides, image.shape))
+        steps = row // channels, column // channels
+        whole = channel in (0, 1) and row % channels == column % channels == 0
+        if (
+            image.type not in (np.dtype(kind).name for kind in STORED)
+            or not whole
+            or max(map(abs, steps)) >= 2**31
+        ):
+            return None
+        return cls(image.memory, np.dtype(image.type), channels, image.pointer, height, width, *steps)
+
+    @property
+    def view(self) -> View:
+        """The pixels as other libraries' arrays are seen."""
+        steps = self.row_step * self.channels, self.column_step * self.channels, 1
+        shape = self.height, self.width, self.channels
+        return View(self.memory, self.pointer, shape, steps, self.dtype.name)
+
     def turned(self, view: Turn) -> "Plane":
         # NumPy knows where pixels go; those it is asked about are never touched.
-        bytes_as_pixels = np.empty((self.height, self.width), np.uint8)
+        bytes_as_pixels = np.lib.stride_tricks.as_strided(
+            np.empty(1, np.uint8), (self.height, self.width), (self.row_step, self.column_step)
+        )
         seen = view.turned(bytes_as_pixels)
         first = seen.ctypes.data - bytes_as_pixels.ctypes.data
         pointer = self.pointer + first * self.channels * self.dtype.itemsize
@@ -93,8 +119,24 @@ class Predictions:
         self._forward = forward
         self._passes: dict[tuple[int, int], _Pass] = {}
 
-    def begin(self, image: NDArray, scales: NDArray[np.float64]) -> "Prediction":
+    def begin(self, image: NDArray | View, scales: NDArray[np.float64]) -> "Prediction":
         return self.with_room(lambda: Prediction(self, image, scales))
+
+    def statistics(self, image: View, moments: bool) -> list[Grey]:
+        return self.with_room(lambda: self.table.grey_values(image, moments))
+
+    def averaged(self, sums: Sequence[Plane], views: int, stacked: bool) -> Exported:
+        return self.with_room(lambda: self._averaged(sums, views, stacked))
+
+    def _averaged(self, sums: Sequence[Plane], views: int, stacked: bool) -> Exported:
+        """Those of a stack side by side in memory; of one image where its sum is."""
+        device, shape = self.table.device, (sums[0].height, sums[0].width, self.classes)
+        scales = put(device, np.tile([0.0, 1 / views], (self.classes, 1)))
+        whole = Plane.allocate(device, (len(sums) * shape[0], *shape[1:]), np.float32) if stacked else sums[0]
+        for number, one in enumerate(sums):
+            target = replace(whole, pointer=whole.pointer + number * one.memory.bytes)
+            self.table.scaled_image(one.view, scales, target)
+        return Exported(device.exchange, whole.memory, (len(sums), *shape) if stacked else shape)
 
     def free_memory(self) -> int:
         held = {memory.pointer: memory.bytes for one in self._passes.values() for memory in one.memories}
@@ -153,16 +195,23 @@ class _Pass:
 class Prediction:
     """`fastunet.backends.Prediction` on a device."""
 
-    def __init__(self, predictions: Predictions, image: NDArray, scales: NDArray[np.float64]) -> None:
+    def __init__(self, predictions: Predictions, image: NDArray | View, scales: NDArray[np.float64]) -> None:
         device = predictions.table.device
         self._predictions = predictions
         self._device = device
         self._image = image
         self._scales = scales
-        kind = next((kind for kind in STORED if np.can_cast(image.dtype, kind)), None)
-        values = scaled(image, scales) if kind is None else np.ascontiguousarray(image, kind)
-        self._pixels = Plane.upload(device, values)
-        self._pixel_scales = self._put_scales(scales if kind is not None else _unscaled(image.shape[2]))
+        is_scaled = False
+        if isinstance(image, View):
+            plane = Plane.of(image)
+            is_scaled = plane is None
+            self._pixels = self._scaled_plane(image) if plane is None else plane
+        else:
+            kind = next((kind for kind in STORED if np.can_cast(image.dtype, kind)), None)
+            is_scaled = kind is None
+            values = scaled(image, scales) if kind is None else np.ascontiguousarray(image, kind)
+            self._pixels = Plane.upload(device, values)
+        self._pixel_scales = put(device, _unscaled(image.shape[2]) if is_scaled else scales)
         self._sum = self._zeros(*image.shape[:2])
         self._resampled: NDArray[np.float32] | None = None
 
@@ -179,20 +228,34 @@ class Prediction:
         pixels, seen = self._predictions.with_room(
             lambda: (Plane.upload(self._device, resampled), self._zeros(*plan.image))
         )
-        unscaled = self._put_scales(_unscaled(pixels.channels))
+        unscaled = put(self._device, _unscaled(pixels.channels))
         yield from self._tiles(pixels, unscaled, lost, seen, plan)
         back = view.undo(self._read(seen), *self._image.shape[:2])
         self._resampled = back if self._resampled is None else self._resampled + back
 
     @functools.cached_property
     def _scaled(self) -> NDArray[np.float32]:
-        return scaled(self._image, self._scales)
+        """On the host."""
+        image = self._image
+        return (
+            self._read(self._scaled_plane(image)) if isinstance(image, View) else scaled(image, self._scales)
+        )
 
-    def sum(self) -> NDArray[np.float32]:
-        total = self._read(self._sum)
+    def _scaled_plane(self, image: View) -> Plane:
+        plane = Plane.allocate(self._device, image.shape, np.float32)
+        self._predictions.table.scaled_image(image, put(self._device, self._scales), plane)
+        return plane
+
+    def sum(self) -> "NDArray[np.float32] | Plane":
+        if not isinstance(self._image, View):
+            total = self._read(self._sum)
+            return total if self._resampled is None else total + self._resampled
         if self._resampled is not None:
-            total += self._resampled
-        return total
+            shape = 1, *self._resampled.shape
+            added = Array.allocate(self._device, shape, 32, self._predictions.classes)
+            self._device.upload(added.pointer, self._resampled)
+            self._predictions.table.stitch(added, self._sum, 0, 0, *shape[1:3])
+        return self._sum
 
     def _tiles(
         self, pixels: Plane, scales: Memory, begin: int, total: Plane, plan: TilePlan
@@ -218,11 +281,6 @@ class Prediction:
         wait()
         yield
 
-    def _put_scales(self, scales: NDArray[np.float64]) -> Memory:
-        memory = self._device.allocate(scales.nbytes)
-        self._device.upload(memory.pointer, scales)
-        return memory
-
     def _zeros(self, height: int, width: int) -> Plane:
         plane = Plane.allocate(self._device, (height, width, self._predictions.classes), np.float32)
         self._device.zero(plane.pointer, plane.memory.bytes)
@@ -230,6 +288,13 @@ class Prediction:
 
     def _read(self, plane: Plane) -> NDArray[np.float32]:
         return self._device.download(plane.pointer, (plane.height, plane.width, plane.channels), np.float32)
+
+
+def put(device: Device, values: np.ndarray) -> Memory:
+    """Device memory of these values."""
+    memory = device.allocate(values.nbytes)
+    device.upload(memory.pointer, values)
+    return memory
 
 
 def _unscaled(channels: int) -> NDArray[np.float64]:

@@ -28,7 +28,7 @@ class CrossEntropyArguments(ctypes.Structure):
 
 
 class TotalLossArguments(ctypes.Structure):
-    _fields_ = [*pointers("loss_parts", "weight_parts", "total"), *integers("parts")]
+    _fields_ = [*pointers("loss_parts", "weight_parts", "total", "value"), *integers("parts")]
 
 
 def softmax(pixels: int) -> Launch:

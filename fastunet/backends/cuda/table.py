@@ -19,6 +19,7 @@ from fastunet.backends.cuda import (
     conv3x3_fp32,
     conv3x3_image,
     conv3x3_sm80,
+    image,
     parameters,
     pointwise,
     prediction,
@@ -33,6 +34,7 @@ from fastunet.backends.cuda.device import Device, Memory
 from fastunet.backends.cuda.exchange import Exported, View, contiguous, taken
 from fastunet.backends.cuda.launch import Launch
 from fastunet.backends.cuda.recording import Listener, Recording, plan
+from fastunet.normalization import Grey
 
 ABSENT = TensorArgument()
 _TYPE = {16: "bfloat16", 32: "float32"}
@@ -55,14 +57,26 @@ class Truth:
 
 
 class Loss:
-    """A number once it is read back: the sums of losses and weights, and the count of labels that name no class."""
+    """A loss that is on the device; a float once it is asked for, which waits.
 
-    def __init__(self, totals: np.ndarray, classes: int) -> None:
+    Parameters
+    ----------
+    totals : callable
+        Gives the sums of losses and weights, and the count of labels that name no class.
+    classes : int
+    exported : Exported, optional
+        The loss itself as other libraries take it, a float32 scalar: no number where a float would be refused.
+    """
+
+    def __init__(
+        self, totals: Callable[[], np.ndarray], classes: int, exported: Exported | None = None
+    ) -> None:
         self._totals = totals
         self._classes = classes
+        self.exported = exported
 
     def __float__(self) -> float:
-        loss, weight, invalid = self._totals
+        loss, weight, invalid = self._totals()
         if invalid:
             raise ValueError(
                 f"softmax_cross_entropy was given {int(invalid)} pixels whose label is not in "
@@ -249,6 +263,55 @@ class CudaBackend:
         )
         self._launch(tile.stitch(rows, columns, total.channels), arguments)
 
+    def grey_values(self, pixels: View, moments: bool) -> list[Grey]:
+        """The statistics of an image (H, W, C), read back; as `fastunet.normalization.statistics`."""
+        height, width, channels = pixels.shape
+        launch = image.grey_parts(*pixels.shape)
+        parts = self.device.allocate(launch.grid[0] * channels * image.GREY.itemsize)
+        found = []
+        totals: Memory | None = None
+        for _ in range(1 + moments):
+            arguments = image.GreyPartsArguments(
+                pixels.pointer,
+                None if totals is None else totals.pointer,
+                parts.pointer,
+                *pixels.strides,
+                height,
+                width,
+                strided.TYPES.index(pixels.type),
+            )
+            self._launch(launch, arguments, bits=32)
+            totals = self.device.allocate(channels * image.GREY.itemsize)
+            sums = image.GreyTotalArguments(parts.pointer, totals.pointer, launch.grid[0])
+            self._launch(image.grey_total(channels), sums, bits=32)
+            found.append(totals)
+        first, last = (
+            self.device.download(one.pointer, (channels,), image.GREY) for one in (found[0], found[-1])
+        )
+        count = height * width
+        return [
+            Grey(
+                float(one["low"]),
+                float(one["high"]),
+                float(one["sum"]) / count,
+                math.sqrt(float(squares["sum"]) / count) if moments else 0.0,
+                int(one["bad"]),
+            )
+            for one, squares in zip(first, last)
+        ]
+
+    def scaled_image(self, pixels: View, scales: Memory, target: prediction.Plane) -> None:
+        """(x - offset) * scale of an image (H, W, C) of any type, with each channel's [offset, scale]."""
+        arguments = image.ScaledArguments(
+            pixels.pointer,
+            scales.pointer,
+            target.pointer,
+            *pixels.strides,
+            *pixels.shape,
+            strided.TYPES.index(pixels.type),
+        )
+        self._launch(image.scaled(*pixels.shape), arguments, bits=32)
+
     # ---- Arrays ---------------------------------------------------------------------------------------------------
 
     def given(self, values: Any) -> View | np.ndarray:
@@ -285,7 +348,11 @@ class CudaBackend:
             raise ValueError(f"an array of shape {values.shape} was given, (N, H, W, C) is expected")
         return values
 
-    def exported(self, array: Array) -> Exported:
+    def exported(self, array: Array | Loss) -> Exported:
+        if isinstance(array, Loss):
+            if array.exported is None:
+                raise ValueError("a loss of recorded work is read as a float, once its replay has ended")
+            return array.exported
         plain = self._plain(array)
         return Exported(self.device.exchange, plain.memory, plain.shape)
 
@@ -762,7 +829,7 @@ class CudaBackend:
 
     def softmax_cross_entropy(
         self, logits: Array, labels: View | np.ndarray, weights: View | np.ndarray, wants_gradient: bool
-    ) -> tuple[float | Loss, Array | None]:
+    ) -> tuple[Loss, Array | None]:
         logits = self._plain(logits)
         launch = softmax.softmax_cross_entropy(logits.pixels, self.device.multiprocessors)
         truth = self._truth(labels, weights, launch.grid[0])
@@ -795,22 +862,23 @@ class CudaBackend:
         self._launch(softmax.weight_sums(), arguments)
         return truth
 
-    def _total_loss(self, truth: Truth, classes: int) -> float | Loss:
-        total = self.device.allocate(24)
+    def _total_loss(self, truth: Truth, classes: int) -> Loss:
+        device = self.device
+        total, value = device.allocate(24), device.allocate(4)
         arguments = softmax.TotalLossArguments(
             truth.loss_parts.pointer,
             truth.weight_parts.pointer,
             total.pointer,
+            value.pointer,
             truth.loss_parts.bytes // softmax.LOSS_PART_BYTES,
         )
         self._launch(softmax.total_loss(), arguments)
-        totals = self.device.host_array((3,), np.float64)
-        self.device.read_back(total.pointer, totals)
-        loss = Loss(totals, classes)
-        if self.device.records:
-            return loss
-        self.device.synchronize()
-        return float(loss)
+        if device.records:  # which may keep nothing of the device
+            totals = device.host_array((3,), np.float64)
+            device.read_back(total.pointer, totals)
+            return Loss(lambda: totals, classes)
+        exported = Exported(device.exchange, value, ())
+        return Loss(lambda: device.download(total.pointer, (3,), np.float64), classes, exported)
 
     def head_cross_entropy_forward(
         self,
@@ -821,7 +889,7 @@ class CudaBackend:
         labels: View | np.ndarray,
         weights: View | np.ndarray,
         wants_gradient: bool,
-    ) -> tuple[float | Loss, HeadBackward | None]:
+    ) -> tuple[Loss, HeadBackward | None]:
         """What the way back needs comes as a function of `head_cross_entropy_backward`'s other arguments."""
         x = self._activation(x)
         if outputs > conv1x1.most_outputs(x.pitch):
@@ -865,7 +933,7 @@ class CudaBackend:
         labels: View | np.ndarray,
         weights: View | np.ndarray,
         wants_gradient: bool,
-    ) -> tuple[float | Loss, HeadBackward | None]:
+    ) -> tuple[Loss, HeadBackward | None]:
         """`head_cross_entropy_forward` of more classes than its kernel takes."""
         logits = self.conv1x1_forward(x, weight, bias, outputs)
         loss, gradient = self.softmax_cross_entropy(logits, labels, weights, wants_gradient)
