@@ -16,6 +16,7 @@ from fastunet.geometry import border, input_size, output_size
 from fastunet.memory import available_bytes, format_bytes, parse_bytes
 from fastunet.predictor import Predictor, model_file, shipped_models
 from fastunet.tiling import TilePlan, forward_flops
+from fastunet.training_memory import largest_training_tile, training_bytes
 from fastunet.unet import UNet
 
 CALIBRATION_SECONDS = 0.3
@@ -55,17 +56,27 @@ def _describe(arguments: argparse.Namespace) -> None:
     print(f"{model_file(arguments.model)}\n")
     _describe_network(predictor.model)
     print()
+    if predictor.model.device != "cpu":
+        print(backends.describe(predictor.model.device))
     _describe_prediction(predictor.model, plan)
+    _describe_training(predictor.model)
 
 
 def _describe_machine(device: str) -> None:
+    place = backends.resolve_device(device)
     rows = {
         "fastunet": f"{__version__}, Python {platform.python_version()}, NumPy {np.__version__}",
-        "device": f"{backends.resolve_device(device)} ({backends.describe()})",
+        "device": f"{place} ({backends.describe()})",
         "threads": str(backends.get_threads()),
         "memory": f"{format_bytes(available_bytes())} available",
         "models": ", ".join(shipped_models()) or "none shipped",
     }
+    if place != "cpu":
+        rows["device"] = backends.describe(place)
+        rows["precision"] = backends.resolve_precision("auto", place)
+        rows["memory"] = (
+            f"{format_bytes(backends.load(place).free_memory())} available on {place}, {rows['memory']}"
+        )
     for name, value in rows.items():
         print(f"{name:9} {value}")
 
@@ -117,6 +128,20 @@ def _describe_prediction(model: UNet, plan: TilePlan) -> None:
     print(
         f"  time    about {seconds * flops:.3g} s (a tile of {sample[0]}x{sample[1]} ran at "
         f"{1e-9 / seconds:,.0f} GFLOP/s just now)"
+    )
+
+
+def _describe_training(model: UNet) -> None:
+    available = model.backend.free_memory()
+    network = model.in_channels, model.num_classes, model.base_channels, model.depth
+    where = model.device, model.precision
+    tile = largest_training_tile(available, *network, *where)
+    if tile is None:
+        print(f"training on {model.device}: not even the smallest tile fits into {format_bytes(available)}")
+        return
+    print(
+        f"training on {model.device}: tiles of up to {tile}x{tile} fit, which take "
+        f"{format_bytes(training_bytes(tile, *network, *where))}"
     )
 
 

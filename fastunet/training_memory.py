@@ -3,6 +3,8 @@
 Prediction takes a smaller tile by itself; training says what would fit and stops.
 """
 
+import bisect
+
 import numpy as np
 
 from fastunet import backends
@@ -48,7 +50,7 @@ def training_bytes(
         optimizer = SGD(model)
         side = output_size(tile, depth)
         image = np.zeros((1, tile, tile, in_channels), np.float32)
-        labels, weights = np.zeros((1, side, side), np.int32), np.ones((1, side, side), np.float32)
+        labels, weights = np.zeros((1, side, side), np.int32), np.zeros((1, side, side), np.float32)
         model.loss(image, labels, weights).backward()
         optimizer.step()
         return model, optimizer
@@ -57,6 +59,35 @@ def training_bytes(
     if planned is None:
         return estimated_bytes(tile, in_channels, num_classes, base_channels, depth)
     return int(FIRST_STEP_FACTOR * planned) + SCRATCH
+
+
+def largest_training_tile(
+    available: int,
+    in_channels: int,
+    num_classes: int,
+    base_channels: int,
+    depth: int,
+    device: str = "cpu",
+    precision: str = "auto",
+) -> int | None:
+    """The largest tile with which training takes no more than the bytes available; None where none does.
+
+    The other parameters are those of `training_bytes`.
+    """
+
+    def fits(steps: int) -> bool:
+        tile = smallest + steps * 2**depth
+        needed = training_bytes(tile, in_channels, num_classes, base_channels, depth, device, precision)
+        return needed <= available
+
+    smallest = input_size(1, depth)
+    if not fits(0):
+        return None
+    beyond = 1
+    while fits(beyond):
+        beyond *= 2
+    most = bisect.bisect_left(range(beyond), True, lo=beyond // 2, key=lambda steps: not fits(steps)) - 1
+    return smallest + most * 2**depth
 
 
 class _Outline(UNet):

@@ -109,6 +109,14 @@ def test_an_nvrtc_that_is_missing_is_named_with_the_extra_of_this_cupy(monkeypat
         backends.resolve_device("cuda")
 
 
+def test_a_gpu_is_described(monkeypatch):
+    properties = {"name": b"NVIDIA H200", "major": 9, "minor": 0, "totalGlobalMem": 140 << 30}
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(getDeviceProperties=lambda index: properties))
+    assert backends.describe("cuda:1") == (
+        "cuda:1: NVIDIA H200, compute capability 9.0, 132 multiprocessors, 140 GiB"
+    )
+
+
 def test_what_auto_means_can_be_said(monkeypatch):
     monkeypatch.setenv("FASTUNET_DEVICE", "cpu")
     monkeypatch.setattr(backends, "_automatic_device", lambda: "cuda:0")

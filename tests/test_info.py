@@ -1,15 +1,18 @@
 """The info command: what it says about a network is true, and it says it without a model, too."""
 
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from fastunet import UNet
+from fastunet.backends.cpu import CpuBackend
 from fastunet.geometry import input_size, output_size
 from fastunet.info import main
 from fastunet.tiling import forward_flops, prediction_bytes
+from fastunet.training_memory import check_training_memory
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,16 @@ def test_the_plan_of_an_image(capsys, model):
     assert float(re.search(r"time +about (\S+) s", out)[1]) > 0
 
 
+def test_the_largest_training_tile(capsys, model, monkeypatch):
+    monkeypatch.setattr(CpuBackend, "free_memory", staticmethod(lambda: 2 << 30))
+    _, out, _ = info(capsys, model, "--image", "9")
+    tile = int(re.search(r"^training on cpu: tiles of up to (\d+)x\1 fit, which take .*B$", out, re.M)[1])
+    assert tile % 8 == 4
+    check_training_memory(tile, 2, 3, 4, 3)
+    with pytest.raises(MemoryError):
+        check_training_memory(tile + 8, 2, 3, 4, 3)
+
+
 def test_little_memory_is_told(capsys, model):
     status, out, _ = info(capsys, model, "--image", "400", "--memory", "44M")
     assert status == 0 and "would be wanted and does not fit into memory" in out
@@ -82,6 +95,14 @@ def test_little_memory_is_told(capsys, model):
 def test_mistakes_end_in_one_sentence(capsys, model, arguments, sentence):
     status, out, err = info(capsys, model, *arguments)
     assert status == 2 and out == "" and sentence in err and err.count("\n") == 1
+
+
+@pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="there is a GPU")
+@pytest.mark.parametrize("with_model", [False, True])
+def test_a_gpu_that_is_missing_is_said_in_one_sentence(capsys, model, with_model):
+    status, out, err = info(capsys, *[model] * with_model, "--device", "cuda")
+    assert status == 2 and out == "" and err.count("\n") == 1
+    assert re.search("device 'cuda' was asked for, but .*(install|check nvidia-smi)", err)
 
 
 def test_a_file_that_is_no_model(capsys, tmp_path):

@@ -339,8 +339,11 @@ def get_threads() -> int:
     return int(_cpu().thread_count())
 
 
-def describe() -> str:
-    """One line for a person: devices, threads and instruction set."""
+def describe(device: str = "cpu") -> str:
+    """One line for a person: a resolved device's name and size, or the CPU's threads and instruction set."""
+    if device != "cpu":
+        table: Any = load(device)
+        return f"{device}: {table.describe()}"
     return f"cpu: {get_threads()} threads, {_cpu().instruction_set()} kernels"
 
 

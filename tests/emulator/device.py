@@ -217,6 +217,9 @@ class EmulatorDevice:
         self._built: dict[tuple[str, str, tuple[str, ...]], Kernel] = {}
         self._captured: list[Callable[[], None]] | None = None
 
+    def describe(self) -> str:
+        return f"emulated {self.architecture}, {self.multiprocessors} multiprocessors"
+
     def allocate(self, count_bytes: int) -> Memory:
         if count_bytes > self.free_memory():
             raise MemoryError(f"{count_bytes} bytes are not left on the device")

@@ -61,6 +61,9 @@ class Device(Protocol):
     """Whether what is started only happens later, in a replay: then nothing can be read at once."""
     exchange: Exchange
 
+    def describe(self) -> str:
+        """What a person is told of it."""
+
     def allocate(self, count_bytes: int) -> Memory:
         """Memory of undefined contents, aligned to at least 256 bytes.
 
@@ -211,6 +214,13 @@ class CupyDevice:
         self.records = False
         self._kernels: dict[tuple[str, str, tuple[str, ...]], Any] = {}
         self._building = threading.Lock()
+
+    def describe(self) -> str:
+        properties = self._cupy.cuda.runtime.getDeviceProperties(self.exchange.place[1])
+        return (
+            f"{properties['name'].decode()}, compute capability {properties['major']}.{properties['minor']}, "
+            f"{self.multiprocessors} multiprocessors, {format_bytes(properties['totalGlobalMem'])}"
+        )
 
     def allocate(self, count_bytes: int) -> CupyMemory:
         with self._device, self._stream:

@@ -52,6 +52,7 @@ class Follower:
         self.kernel = device.kernel
         self.host_array = device.host_array
         self.free_memory = device.free_memory
+        self.describe = device.describe
 
     def download(self, pointer: int, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
         raise ValueError("work that is recorded cannot wait for values; read them back after a replay")

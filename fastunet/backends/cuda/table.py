@@ -224,6 +224,9 @@ class CudaBackend:
     def free_memory(self) -> int:
         return self.device.free_memory()
 
+    def describe(self) -> str:
+        return self.device.describe()
+
     # ---- Whole images ---------------------------------------------------------------------------------------------
 
     def predictions(
