@@ -6,6 +6,7 @@ started again, kernel by kernel. A backward pass of a convolution launches two o
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import astuple, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,11 +14,13 @@ from cuda_shapes import Case
 
 from fastunet.backends.cuda.arrays import Array, Buffer
 from fastunet.backends.cuda.device import Device, Memory
+from fastunet.backends.cuda.exchange import View
+from fastunet.backends.cuda.prediction import Plane, put
 from fastunet.backends.cuda.table import CudaBackend
 
 Draw = Callable[[tuple[int, ...]], np.ndarray]
 Operation = Callable[[], Sequence[Any]]
-"""Does it; returns the arrays and buffers that hold what came out."""
+"""Does it; returns the arrays and buffers that hold what came out, or what was read back of it."""
 
 
 class Numbers:
@@ -240,6 +243,21 @@ def head(table: CudaBackend, case: Case, draw: Draw) -> Operation:
     return run
 
 
+def conv1x1_backward(table: CudaBackend, case: Case, draw: Draw) -> Operation:
+    x, parameters = (
+        activation(table, draw, case.side, *case.inputs, *case.rectified),
+        weight_and_bias(table, draw, case, "conv", (1, 1)),
+    )
+    sums, y = zeros_like(table, parameters), plain(table, draw, case)
+    wants_input = case.operation.endswith("data gradient")
+
+    def run() -> Sequence[Any]:
+        found = table.conv1x1_backward(y, x, parameters[0], *sums, wants_input)
+        return [*sums, *([] if found is None else [found])]
+
+    return run
+
+
 def conv1x1_forward(table: CudaBackend, case: Case, draw: Draw) -> Operation:
     x, parameters = (
         activation(table, draw, case.side, *case.inputs),
@@ -248,11 +266,103 @@ def conv1x1_forward(table: CudaBackend, case: Case, draw: Draw) -> Operation:
     return lambda: [table.conv1x1_forward(x, *parameters, case.outputs)]
 
 
+def plain(table: CudaBackend, draw: Draw, case: Case) -> Array:
+    """Float32, (1, side, side, outputs) without padding, as logits and probabilities are."""
+    array = Array.allocate(table.device, (1, case.side, case.side, case.outputs), 32, case.outputs)
+    table.device.upload(array.pointer, draw(array.shape))
+    return array
+
+
 def softmax(table: CudaBackend, case: Case, draw: Draw) -> Operation:
-    values = draw((case.side**2, case.outputs))
-    logits = Array.allocate(table.device, (1, case.side, case.side, case.outputs), 32, case.outputs)
-    table.device.upload(logits.pointer, np.ascontiguousarray(values))
+    logits = plain(table, draw, case)
     return lambda: [table.softmax(logits)]
+
+
+def softmax_cross_entropy(table: CudaBackend, case: Case, draw: Draw) -> Operation:
+    logits, pixels = plain(table, draw, case), (1, case.side, case.side)
+    labels, weights = (draw(pixels) > 0).astype(np.int32), np.abs(draw(pixels))
+    return lambda: [table.softmax_cross_entropy(logits, labels, weights, True)[1]]
+
+
+def combined(table: CudaBackend, case: Case, draw: Draw) -> Operation:
+    """What whole tensors are put through between the others: sums, masks, factors."""
+    one, other = (gradient(table, draw, case.side, case.outputs) for _ in range(2))
+    if case.operation == "sum":
+        return lambda: [table.accumulate(table.full_size(one, one.shape), other, one.shape)]
+    if case.operation == "scale":
+        return lambda: [table.scaled(one, 0.5)]
+
+    def mask() -> Sequence[Any]:
+        one.masked = False
+        return [table._masked(one, other)]
+
+    return mask
+
+
+# ---- Images ---------------------------------------------------------------------------------------------------------
+
+
+def image_of(table: CudaBackend, draw: Draw, case: Case, kind: str) -> View:
+    """On the device, in the order (C, H, W), seen as (H, W, C)."""
+    shape = *case.inputs, case.side, case.side
+    values = draw(shape) * 30 + 100 if kind == "uint8" else draw(shape)
+    memory = put(table.device, values.astype(kind))
+    return View(memory, memory.pointer, (*shape[1:], shape[0]), (shape[2], 1, shape[1] * shape[2]), kind)
+
+
+def scales_of(table: CudaBackend, case: Case) -> Memory:
+    return put(table.device, np.tile([100.0, 0.03], (*case.inputs, 1)))
+
+
+def gather(table: CudaBackend, case: Case, draw: Draw) -> Operation:
+    pixels, scales = Plane.of(image_of(table, draw, case, "uint8")), scales_of(table, case)
+
+    def run() -> Sequence[Any]:
+        assert pixels is not None
+        tile = table.image_array((1, case.side, case.side, *case.inputs))
+        table.gather(pixels, scales, -case.side // 8, -case.side // 8, tile)
+        return [tile]
+
+    return run
+
+
+def stitch(table: CudaBackend, case: Case, draw: Draw) -> Operation:
+    probabilities, total = plain(table, draw, case), plain(table, draw, case)
+    pixels = Plane.of(table._view(total)[0])
+
+    def run() -> Sequence[Any]:
+        assert pixels is not None
+        table.stitch(probabilities, pixels, 0, 0, case.side, case.side)
+        return [total]
+
+    return run
+
+
+def grey_values(table: CudaBackend, case: Case, draw: Draw) -> Operation:
+    pixels = image_of(table, draw, case, "uint8")
+    return lambda: [np.array([astuple(grey) for grey in table.grey_values(pixels, True)])]
+
+
+def scaled_image(table: CudaBackend, case: Case, draw: Draw) -> Operation:
+    pixels, scales = image_of(table, draw, case, "float64"), scales_of(table, case)
+    target = plain(table, draw, case)
+    plane = Plane.of(table._view(target)[0])
+
+    def run() -> Sequence[Any]:
+        assert plane is not None
+        table.scaled_image(pixels, scales, plane)
+        return [target]
+
+    return run
+
+
+def strided_copy(table: CudaBackend, case: Case, draw: Draw) -> Operation:
+    pixels = image_of(table, draw, case, "float32")
+    whole = replace(pixels, shape=(1, *pixels.shape), strides=(0, *pixels.strides))
+    return lambda: [table.array(whole)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def sgd_momentum(table: CudaBackend, case: Case, draw: Draw) -> Operation:
@@ -276,6 +386,10 @@ def image_in(table: CudaBackend, case: Case, draw: Draw) -> Operation:
 
 OPERATIONS: dict[str, Callable[[CudaBackend, Case, Draw], Operation]] = {
     "image in": image_in,
+    "gather": gather,
+    "grey values": grey_values,
+    "scaled image": scaled_image,
+    "strided copy": strided_copy,
     "conv3x3 forward": conv3x3_forward,
     "conv3x3": conv3x3_backward,
     "upconv2x2 forward": upconv2x2_forward,
@@ -285,6 +399,12 @@ OPERATIONS: dict[str, Callable[[CudaBackend, Case, Draw], Operation]] = {
     "dropout": dropout,
     "head and loss": head,
     "conv1x1 forward": conv1x1_forward,
+    "conv1x1": conv1x1_backward,
     "softmax": softmax,
+    "softmax and loss": softmax_cross_entropy,
+    "stitch": stitch,
+    "sum": combined,
+    "mask": combined,
+    "scale": combined,
     "SGD": sgd_momentum,
 }

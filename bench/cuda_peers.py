@@ -118,6 +118,16 @@ def head(case: Case, make: Make) -> Peer:
     return function, arguments
 
 
+def conv1x1_backward(case: Case, make: Make) -> Peer:
+    """Of the gradient in bfloat16, which PyTorch's convolution wants."""
+    function, _ = convolution_backward(case, make)
+    return function, lambda: (
+        make(case.outputs, case.side),
+        make(*case.inputs, case.side),
+        make(case.outputs, *case.inputs, 1, 1),
+    )
+
+
 def conv1x1_forward(case: Case, make: Make) -> Peer:
     return F.conv2d, lambda: (
         make(*case.inputs, case.side),
@@ -128,6 +138,59 @@ def conv1x1_forward(case: Case, make: Make) -> Peer:
 
 def softmax(case: Case, make: Make) -> Peer:
     return lambda x: torch.softmax(x, 1), lambda: (make(case.outputs, case.side, dtype=torch.float32),)
+
+
+def softmax_cross_entropy(case: Case, make: Make) -> Peer:
+    def function(logits: Any, labels: Any, weights: Any) -> Any:
+        losses = F.cross_entropy(logits, labels, reduction="none") * weights
+        return torch.autograd.grad(losses.sum() / weights.sum(), logits)
+
+    def arguments() -> tuple[Any, ...]:
+        shape = 1, case.side, case.side
+        labels = (make(*shape, dtype=torch.float32) > 0).long()
+        logits = make(case.outputs, case.side, dtype=torch.float32).requires_grad_()
+        return logits, labels, make(*shape, dtype=torch.float32).abs()
+
+    return function, arguments
+
+
+def combined(case: Case, make: Make) -> Peer:
+    functions: dict[str, Function] = {
+        "sum": lambda one, other: one + other,
+        "mask": lambda one, other: torch.ops.aten.threshold_backward(one, other, 0),
+        "scale": lambda one, other: one.mul_(0.5),
+    }
+    return functions[case.operation], lambda: tuple(make(case.outputs, case.side) for _ in range(2))
+
+
+def uint8_image(case: Case, make: Make) -> torch.Tensor:
+    return (make(*case.inputs, case.side, dtype=torch.float32) * 30 + 100).to(torch.uint8)
+
+
+def gather(case: Case, make: Make) -> Peer:
+    """Of pixels that are all within the image: nothing is mirrored."""
+    return lambda x: ((x.float() - 100) * 0.03).bfloat16(), lambda: (uint8_image(case, make),)
+
+
+def stitch(case: Case, make: Make) -> Peer:
+    function = lambda total, part: total.add_(part)  # noqa: E731
+    return function, lambda: tuple(make(case.outputs, case.side, dtype=torch.float32) for _ in range(2))
+
+
+def grey_values(case: Case, make: Make) -> Peer:
+    return lambda x: (torch.aminmax(x), torch.std_mean(x.double())), lambda: (uint8_image(case, make),)
+
+
+def scaled_image(case: Case, make: Make) -> Peer:
+    function = lambda x: ((x - 100) * 0.03).float()  # noqa: E731
+    return function, lambda: (make(*case.inputs, case.side, dtype=torch.float64),)
+
+
+def strided_copy(case: Case, make: Make) -> Peer:
+    def function(x: Any) -> Any:
+        return x.to(torch.bfloat16, memory_format=torch.channels_last)
+
+    return function, lambda: (make(*case.inputs, case.side, dtype=torch.float32).contiguous(),)
 
 
 def sgd_momentum(case: Case, make: Make) -> Peer:
@@ -149,6 +212,10 @@ def image_in(case: Case, make: Make) -> Peer:
 
 PEERS: dict[str, Callable[[Case, Make], Peer]] = {
     "image in": image_in,
+    "gather": gather,
+    "grey values": grey_values,
+    "scaled image": scaled_image,
+    "strided copy": strided_copy,
     "conv3x3 forward": conv3x3_forward,
     "conv3x3 weight gradient": convolution_backward,
     "conv3x3 data gradient": convolution_backward,
@@ -160,6 +227,13 @@ PEERS: dict[str, Callable[[Case, Make], Peer]] = {
     "dropout": dropout,
     "head and loss": head,
     "conv1x1 forward": conv1x1_forward,
+    "conv1x1 weight gradient": conv1x1_backward,
+    "conv1x1 data gradient": conv1x1_backward,
     "softmax": softmax,
+    "softmax and loss": softmax_cross_entropy,
+    "stitch": stitch,
+    "sum": combined,
+    "mask": combined,
+    "scale": combined,
     "SGD": sgd_momentum,
 }

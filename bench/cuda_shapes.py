@@ -71,7 +71,7 @@ class Case:
 def cases(base: int = 64, tile: int = 572, depth: int = 4) -> list[Case]:
     """Of a network with one input channel and two classes, in the order in which a step comes to its layers."""
     width = [base * 2**level for level in range(depth + 1)]
-    found = [Case("image in", "input", tile, (1,), 1, 0, tile**2 * (4 + ELEMENT))]
+    found = [Case("image in", "input", tile, (1,), 1, 0, tile**2 * (4 + ELEMENT)), *image(tile, base)]
     side, below, skips = tile, 1, []
     for level in range(depth):
         last = level == depth - 1
@@ -102,9 +102,16 @@ def cases(base: int = 64, tile: int = 572, depth: int = 4) -> list[Case]:
     found.append(
         Case("head and loss", "head", *head, 3 * products * pixels, pixels * (2 * ELEMENT * base + 8))
     )
+    found += conv1x1_gradients(*head)
     logits = 4 * CLASSES * pixels
     found.append(Case("conv1x1 forward", "head", *head, products * pixels, pixels * ELEMENT * base + logits))
     found.append(Case("softmax", "head", side, (CLASSES,), CLASSES, 0, 2 * logits))
+    found.append(Case("softmax and loss", "head", side, (CLASSES,), CLASSES, 0, 2 * logits + 8 * pixels))
+    found.append(Case("stitch", "output", side, (CLASSES,), CLASSES, 0, 3 * logits))
+    found += [
+        Case(operation, "gradients", side, (base,), base, 0, tensors * ELEMENT * base * pixels)
+        for operation, tensors in (("sum", 3), ("mask", 3), ("scale", 2))
+    ]
     learned = [case for case in found if case.operation in TAPS]
     count = sum((TAPS[case.operation] * sum(case.inputs) + 1) * case.outputs for case in learned)
     found.append(Case("SGD", "all parameters", 1, (count,), 1, 0, 22.0 * count))
@@ -114,6 +121,25 @@ def cases(base: int = 64, tile: int = 572, depth: int = 4) -> list[Case]:
 def smallest_cases() -> list[Case]:
     """One of every kind, none a multiple of a tile, quick on an emulator and under a sanitizer."""
     return cases(base=10, tile=44, depth=2)
+
+
+def image(side: int, channels: int) -> Iterator[Case]:
+    """A prediction's way from an image on the device to a tile, and an activation of another library's."""
+    yield Case("gather", "input, uint8", side, (1,), 1, 0, side**2 * (1 + ELEMENT))
+    yield Case("grey values", "input, uint8", side, (1,), 1, 0, 2 * side**2)
+    yield Case("scaled image", "input, float64", side, (1,), 1, 0, side**2 * (8 + 4))
+    yield Case(
+        "strided copy", "input, (C, H, W)", side, (channels,), channels, 0, side**2 * channels * (4 + ELEMENT)
+    )
+
+
+def conv1x1_gradients(side: int, inputs: tuple[int, ...], outputs: int) -> Iterator[Case]:
+    """Of a head that is not in one pass with its loss; the gradient comes in float32."""
+    pixels, weights = side**2, sum(inputs) * outputs
+    shape = "head", side, inputs, outputs, 2.0 * weights * pixels
+    x, y = ELEMENT * pixels * sum(inputs), 4 * pixels * outputs
+    yield Case("conv1x1 weight gradient", *shape, x + y + 8 * weights)
+    yield Case("conv1x1 data gradient", *shape, 2 * x + y + 4 * weights, rectified=(True,))
 
 
 def conv3x3(

@@ -19,6 +19,8 @@ from cuda_shapes import Case, smallest_cases
 from gpu_network import sizes, tile
 from gpu_stage import Cases, Row, Settings
 
+from fastunet.backends.cuda.arrays import Array, Buffer
+
 LIMIT = 240.0
 REPEATS = 100
 BOUNDS = {"bf16": 1e-2, "fp32": 1e-5}
@@ -77,7 +79,8 @@ def table(settings: Settings, precision: str) -> Any:
 def numbers(table: Any, case: Case) -> list[np.ndarray]:
     """What an operation gives, from the same random data each time."""
     found = operation(table, case, Numbers(1, 2**16))()
-    return [table.numpy(one) if hasattr(one, "shape") else table.read(one) for one in found]
+    read = {np.ndarray: lambda one: one, Array: table.numpy, Buffer: table.read}
+    return [read[type(one)](one) for one in found]
 
 
 def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:

@@ -16,7 +16,10 @@ LIMIT = 60.0
 OURS = "fastunet"
 MODES = {"PyTorch compile": "default", "PyTorch max-autotune": "max-autotune-no-cudagraphs"}
 PEER_ENGINES = ("PyTorch eager", *MODES)
-FUSED = ("conv3x3 forward", "upconv2x2 forward", "maxpool2x2 backward", "conv1x1 forward", "head and loss")
+FUSED = (
+    *("conv3x3 forward", "upconv2x2 forward", "maxpool2x2 backward", "conv1x1 forward", "head and loss"),
+    *("softmax and loss", "gather", "grey values", "scaled image"),
+)
 """Where PyTorch's compiler has something to fuse."""
 ROOFLINE = "roofline"
 
@@ -74,7 +77,7 @@ def theirs(settings: Settings, engine: str, case: Case, sets: int, loops: int) -
     data = [arguments() for _ in range(sets)]
 
     def work() -> list[Any]:
-        with torch.set_grad_enabled(case.operation == "head and loss"):
+        with torch.set_grad_enabled(case.operation in ("head and loss", "softmax and loss")):
             return [function(*one) for _ in range(loops) for one in data]
 
     return Prepared(torch_graph(work) if settings.gpu else work, sets * loops, None, [])
