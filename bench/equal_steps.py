@@ -36,13 +36,13 @@ def main() -> None:
     from fastunet import SGD, UNet, backends, ops, output_size
     from fastunet.autograd import Tensor
     from fastunet.data.datasets import open_dataset
-    from fastunet.data.samples import Samples, prepare
+    from fastunet.data.samples import HostSamples, prepare
     from fastunet.data.synthetic import synthetic_dataset
 
     torch.set_num_threads(backends.get_threads())
     dataset = open_dataset(arguments.data) if arguments.data else synthetic_dataset(8, 512, 0)
     images, _ = prepare(dataset, "zscore")
-    with Samples(images, arguments.tile, output_size(arguments.tile)) as drawn:
+    with HostSamples(images, arguments.tile, output_size(arguments.tile)) as drawn:
         samples = list(itertools.islice(drawn, arguments.steps))
     model = UNet(dataset.in_channels, dataset.num_classes, arguments.base, seed=0)
     first = model.state_dict()

@@ -27,7 +27,14 @@ from fastunet import backends
 from fastunet.checkpoint import Checkpoint, RunState
 from fastunet.data.datasets import Dataset
 from fastunet.data.images import whole_file
-from fastunet.data.samples import PreparedImage, Samples, TrainingSample, WeightSettings, prepare
+from fastunet.data.samples import (
+    PreparedImage,
+    Samples,
+    TrainingSample,
+    WeightSettings,
+    open_samples,
+    prepare,
+)
 from fastunet.errors import DataError
 from fastunet.geometry import border, input_size, output_size
 from fastunet.history import History, read_history
@@ -36,7 +43,7 @@ from fastunet.optim import SGD
 from fastunet.predictor import Predictor, model_file
 from fastunet.report import chosen_samples, draw_progress, draw_samples
 from fastunet.schedule import learning_rate
-from fastunet.training_memory import check_training_memory
+from fastunet.training_memory import check_training_memory, training_bytes
 from fastunet.training_step import TrainingStep
 from fastunet.unet import Normalization, UNet
 from fastunet.validation import (
@@ -559,12 +566,11 @@ class _Run:
         """Train to the end, keep the best, draw the pictures."""
         settings, state = self.settings, self.state
         columns = ["step", "seconds", "loss", "running_loss", "lr", *(f"val_{name}" for name in self.figures)]
-        augmentation = 1 if (settings.threads or 1) <= 2 else 2
         self.model.train()
         with (
             closing(History(self.out / METRICS, columns, state.step)) as history,
             _events(self.out, state.step) if settings.tensorboard else nullcontext() as events,
-            Samples(self.images, self.tile, self.output, settings.seed, state.step, augmentation) as samples,
+            self._samples() as samples,
             _Interruption() as interruption,
         ):
             self._compile_figures()
@@ -594,6 +600,28 @@ class _Run:
             self.notify(f"stopped after step {state.step}; continue with --resume {self.out}")
             raise KeyboardInterrupt
         return self._result()
+
+    def _samples(self) -> Samples:
+        """The samples from the next step on, made where the network reads them.
+
+        There they may take half the memory that training leaves; the rest is for validation.
+        """
+        model, settings = self.model, self.settings
+        backend = model.backend
+        sizes = model.in_channels, model.num_classes, model.base_channels, model.depth
+        needed = training_bytes(self.tile, *sizes, device=backend.name, precision=settings.precision)
+        return open_samples(
+            self.images,
+            self.tile,
+            self.output,
+            settings.seed,
+            self.state.step,
+            threads=1 if (settings.threads or 1) <= 2 else 2,
+            place=backend.place,
+            stream=backend.stream,
+            room=(backend.free_memory() - needed) // 2,
+            notify=self.notify,
+        )
 
     def _compile_figures(self) -> None:
         """Measure a corner of an image: compiling what validation runs must not count as training time."""

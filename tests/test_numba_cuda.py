@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 FOLDER = Path(__file__).parent / "numba_kernels"
-FILES = ["warp_cuda.py", "weight_map_cuda.py"]
+FILES = ["warp_cuda.py", "weight_map_cuda.py", "samples_cuda.py"]
 
 
 @pytest.fixture(autouse=True)

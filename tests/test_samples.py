@@ -1,6 +1,7 @@
 """Training samples: what the loss sees, the same for the same seed and index whatever the threads do."""
 
 import itertools
+import sys
 import threading
 
 import numpy as np
@@ -8,7 +9,14 @@ import pytest
 
 from fastunet.data import samples as module
 from fastunet.data.datasets import Meaning, dataset_of_arrays
-from fastunet.data.samples import PreparedImage, Samples, WeightSettings, prepare, separated_classes
+from fastunet.data.samples import (
+    HostSamples,
+    PreparedImage,
+    WeightSettings,
+    open_samples,
+    prepare,
+    separated_classes,
+)
 from fastunet.data.separation import separate
 from fastunet.data.weight_map import weight_map
 from fastunet.errors import DataError
@@ -40,7 +48,7 @@ def same(a, b):
 
 
 def take(count, **arguments):
-    with Samples(**arguments) as samples:
+    with HostSamples(**arguments) as samples:
         return [next(samples) for _ in range(count)]
 
 
@@ -146,7 +154,7 @@ def test_images_without_any_weight_are_left_out_and_a_set_of_them_refused():
     for sample in take(5, images=[empty, full], tile=TILE, output=OUTPUT):
         assert (sample.labels == 2).all()
     with pytest.raises(DataError, match="1 training images has a pixel to learn from"):
-        Samples([empty], TILE, OUTPUT)
+        HostSamples([empty], TILE, OUTPUT)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -182,17 +190,20 @@ def test_an_error_in_a_thread_surfaces_in_the_loop(monkeypatch):
     monkeypatch.setattr(module, "apply_warp", broken)
     flat = np.ones((40, 40), np.float32)
     images = [PreparedImage("a", flat[..., None], np.ones((40, 40), np.uint8), flat)]
-    with Samples(images, TILE, OUTPUT) as samples, pytest.raises(ZeroDivisionError, match="in the thread"):
+    with (
+        HostSamples(images, TILE, OUTPUT) as samples,
+        pytest.raises(ZeroDivisionError, match="in the thread"),
+    ):
         next(samples)
 
 
 def test_few_samples_wait_and_close_ends_the_threads(monkeypatch):
     computed = []
-    original = Samples.sample
-    monkeypatch.setattr(Samples, "sample", lambda self, i: computed.append(i) or original(self, i))
+    original = HostSamples.sample
+    monkeypatch.setattr(HostSamples, "sample", lambda self, i: computed.append(i) or original(self, i))
     flat = np.ones((40, 40), np.float32)
     images = [PreparedImage("a", flat[..., None], np.ones((40, 40), np.uint8), flat)]
-    with Samples(images, TILE, OUTPUT, threads=2) as samples:
+    with HostSamples(images, TILE, OUTPUT, threads=2) as samples:
         for _ in range(5):
             next(samples)
     assert 5 <= len(computed) <= 5 + 8
@@ -220,3 +231,19 @@ def test_the_gap_is_as_wide_as_asked(width):
     images, _ = prepare(dataset, "zscore", separation_width=width, quiet=True)
     for image, sample in zip(images, dataset.samples):
         np.testing.assert_array_equal(image.classes, separate(sample.instances, width))
+
+
+def test_samples_for_a_gpu_are_made_on_the_cpu_where_numba_lacks_it(monkeypatch):
+    """And on the CPU for the CPU, of which nothing is said; tests/numba_kernels/samples_cuda.py has the rest."""
+    flat = np.ones((40, 40), np.float32)
+    images = [PreparedImage("a", flat[..., None], np.ones((40, 40), np.uint8), flat)]
+    monkeypatch.setitem(sys.modules, "fastunet.data.samples_cuda", None)
+    told = []
+    *_, expected = take(6, images=images, tile=TILE, output=OUTPUT, seed=2)
+    for where in ({}, {"place": (2, 0), "stream": 7, "room": 1 << 30}):
+        with open_samples(images, TILE, OUTPUT, seed=2, start=5, notify=told.append, **where) as samples:
+            assert same(next(samples), expected)
+    assert len(told) == 1
+    assert told[0].startswith(
+        "the CPU warps the training samples: import of fastunet.data.samples_cuda halted"
+    )

@@ -11,7 +11,15 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 from numba import cuda
 from numba.cuda.core import config
+from numba.cuda.cudadrv import error as errors
 from numba.cuda.cudadrv.devicearray import is_cuda_ndarray
+
+FAILURES: tuple[type[Exception], ...] = (
+    ImportError,
+    RuntimeError,
+    *(getattr(errors, name, RuntimeError) for name in ("CudaDriverError", "NvvmError", "NvrtcError")),
+)
+"""What Numba raises where driver, compiler or memory do not do; its simulator lacks some of them."""
 
 # A small image is a small grid, and there is nothing to warn of.
 config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
@@ -31,11 +39,16 @@ def device_array(array: Any) -> Any:
     return array if array is None or is_cuda_ndarray(array) else cuda.as_cuda_array(array, sync=False)
 
 
+def numba_stream(stream: Any) -> Any:
+    """The stream of an address, as CuPy's `stream.ptr`; 0 is the default one. Numba's own are taken as they are."""
+    return cuda.external_stream(stream) if isinstance(stream, int) and stream else stream
+
+
 def launch(
     kernel: Any,
     shape: tuple[int, int],
     block: tuple[int, int],
-    stream: int,
+    stream: Any,
     *arguments: Any,
 ) -> None:
     """Start a kernel with a thread for each pixel of `shape` (rows, columns) and return at once.
@@ -46,10 +59,10 @@ def launch(
     shape : (rows, columns)
     block : (columns, rows)
         Of the threads of a block.
-    stream : int
-        Address of the CUDA stream, as CuPy's `stream.ptr`; 0 is the default one.
+    stream : int or stream of Numba
+        As for `numba_stream`.
     *arguments
     """
     grid = (-(-shape[1] // block[0]), -(-shape[0] // block[1]))
     if all(grid):
-        kernel[grid, block, cuda.external_stream(stream) if stream else 0](*arguments)
+        kernel[grid, block, numba_stream(stream)](*arguments)

@@ -1,21 +1,23 @@
-"""Training samples: every image prepared once, then warped tiles without end, computed ahead by threads.
+"""Training samples: every image prepared once, then warped tiles without end, computed ahead.
 
 Sample i is a pure function of the training images, the seed and i, so a run that stops after k samples goes
-on with sample k, whatever the threads did meanwhile.
+on with sample k, whatever was computed ahead meanwhile, and by whom: threads, or a GPU (fastunet.data.samples_cuda).
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from fastunet.data.datasets import Dataset, Sample
 from fastunet.data.separation import separate
-from fastunet.data.warp import OFFSET, apply_warp, draw_warp
+from fastunet.data.warp import OFFSET, Warp, apply_warp, draw_warp
 from fastunet.data.weight_map import PAPER2015, balanced_class_weights, count_classes, weight_map
 from fastunet.errors import DataError
 from fastunet.normalization import Normalization, normalize
@@ -165,15 +167,19 @@ def prepare(
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """One step's image (1, tile, tile, C) float32, labels (1, output, output) uint8, weights float32."""
+    """One step's image (1, tile, tile, C) float32, labels (1, output, output) uint8, weights float32.
 
-    image: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
+    Arrays of the host, or of a GPU (anything with the CUDA array interface): these hold the sample until the next one
+    is asked for.
+    """
+
+    image: Any
+    labels: Any
+    weights: Any
 
 
-class Samples:
-    """Iterator over warped tiles, for ever, from sample `start` on; a context manager that ends its threads.
+class Samples(ABC):
+    """Iterator over warped tiles, for ever, from sample `start` on; a context manager that ends what makes them.
 
     Every epoch shows each image once, in an order of its own. A tile without any weight is drawn again.
 
@@ -185,8 +191,6 @@ class Samples:
     seed : int
     start : int
         Index of the first sample.
-    threads : int
-        Background threads; up to four samples for each wait ready.
 
     Raises
     ------
@@ -195,13 +199,7 @@ class Samples:
     """
 
     def __init__(
-        self,
-        images: Sequence[PreparedImage],
-        tile: int,
-        output: int,
-        seed: int = 0,
-        start: int = 0,
-        threads: int = 1,
+        self, images: Sequence[PreparedImage], tile: int, output: int, seed: int = 0, start: int = 0
     ) -> None:
         # Weights are interpolated; a label of its own carries the ignored pixels through the warp unblurred.
         self._images = [
@@ -219,47 +217,46 @@ class Samples:
         # Grey offsets are drawn in standard deviations of the image, whatever its normalisation made of it.
         self._spread = [float(image.image.std()) for image in self._images]
         self._tile, self._output, self._seed = tile, output, seed
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="augmentation")
         self._next = start
-        self._ahead: deque[Future[TrainingSample]] = deque()
-        for _ in range(4 * threads):
-            self._submit()
+        self._ahead: deque[Callable[[], TrainingSample]] = deque()
 
-    def _submit(self) -> None:
-        self._ahead.append(self._pool.submit(self.sample, self._next))
-        self._next += 1
-
-    def sample(self, index: int) -> TrainingSample:
-        """Compute sample `index`, whatever was computed before."""
+    def _draws(self, index: int) -> Iterator[tuple[int, Warp]]:
+        """What makes sample `index`, on any device: an image and a warp, and the next until a tile has weight."""
         epoch, place = divmod(index, len(self._images))
-        order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._images))
-        chosen = self._images[order[place]]
+        chosen = int(np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._images))[place])
+        low, high = (bound * self._spread[chosen] for bound in OFFSET)
+        shape = self._images[chosen].weights.shape
         for attempt in range(DRAWS):
             rng = np.random.default_rng([self._seed, 1, index, attempt])
-            low, high = (bound * self._spread[order[place]] for bound in OFFSET)
-            warp = draw_warp(rng, chosen.weights.shape, self._tile, self._output, offset=(low, high))
-            image, labels, weights = apply_warp(chosen.image, chosen.classes, chosen.weights, warp)
-            if chosen.ignored is not None:
-                weights[labels == IGNORED] = 0
-                labels[labels == IGNORED] = 0
-            if weights.any():
-                return TrainingSample(image[None], labels[None], weights[None])
+            yield chosen, draw_warp(rng, shape, self._tile, self._output, offset=(low, high))
         raise DataError(
-            f"{chosen.name}: {DRAWS} random tiles of {self._output} pixels held no pixel to learn from; "
+            f"{self._images[chosen].name}: {DRAWS} random tiles of {self._output} pixels held no pixel to learn from; "
             f"leave the image out or take a larger --tile"
         )
+
+    @abstractmethod
+    def sample(self, index: int) -> TrainingSample:
+        """Compute sample `index`, whatever was computed before."""
+
+    @abstractmethod
+    def _begin(self, index: int) -> Callable[[], TrainingSample]:
+        """Begin to compute sample `index`; what is returned waits for it."""
+
+    def _begin_next(self) -> None:
+        self._ahead.append(self._begin(self._next))
+        self._next += 1
 
     def __iter__(self) -> "Samples":
         return self
 
     def __next__(self) -> TrainingSample:
-        sample = self._ahead.popleft().result()
-        self._submit()
+        sample = self._ahead.popleft()()
+        self._begin_next()
         return sample
 
+    @abstractmethod
     def close(self) -> None:
-        """End the threads; samples computed ahead are dropped."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """End what computes; samples computed ahead are dropped."""
 
     def __enter__(self) -> "Samples":
         return self
@@ -271,3 +268,77 @@ class Samples:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class HostSamples(Samples):
+    """`Samples` made by background threads; up to four for each wait ready."""
+
+    def __init__(
+        self,
+        images: Sequence[PreparedImage],
+        tile: int,
+        output: int,
+        seed: int = 0,
+        start: int = 0,
+        threads: int = 1,
+    ) -> None:
+        super().__init__(images, tile, output, seed, start)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="augmentation")
+        for _ in range(4 * threads):
+            self._begin_next()
+
+    def _begin(self, index: int) -> Callable[[], TrainingSample]:
+        return self._pool.submit(self.sample, index).result
+
+    def sample(self, index: int) -> TrainingSample:
+        for chosen, warp in self._draws(index):
+            prepared = self._images[chosen]
+            image, labels, weights = apply_warp(prepared.image, prepared.classes, prepared.weights, warp)
+            if prepared.ignored is not None:
+                weights[labels == IGNORED] = 0
+                labels[labels == IGNORED] = 0
+            if weights.any():
+                break
+        return TrainingSample(image[None], labels[None], weights[None])
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def open_samples(
+    images: Sequence[PreparedImage],
+    tile: int,
+    output: int,
+    seed: int = 0,
+    start: int = 0,
+    threads: int = 1,
+    place: tuple[int, int] = (1, 0),
+    stream: int | None = None,
+    room: int = 0,
+    notify: Callable[[str], None] = print,
+) -> Samples:
+    """`Samples` made where they are read: by threads of the CPU, or on a GPU (fastunet.data.samples_cuda).
+
+    Parameters
+    ----------
+    images, tile, output, seed, start
+        As for `Samples`.
+    threads : int
+        Of the CPU.
+    place : (int, int)
+        Type and number of the device that reads them, as `__dlpack_device__` gives them.
+    stream : int, optional
+        Address of the stream on which it reads; none on the CPU.
+    room : int
+        Bytes of the device's memory that images and samples may take.
+    notify : callable
+        Is told why the CPU makes the samples for a GPU, where that is so.
+    """
+    if stream is not None:
+        try:
+            from fastunet.data.samples_cuda import DeviceSamples
+
+            return DeviceSamples(images, tile, output, seed, start, place[1], stream, room)
+        except (ImportError, MemoryError) as error:
+            notify(f"the CPU warps the training samples: {error}")
+    return HostSamples(images, tile, output, seed, start, threads)

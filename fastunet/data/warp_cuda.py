@@ -42,7 +42,7 @@ def apply_warp(
     order: str = "linear",
     ignored: int | None = None,
     weighted: Any = None,
-    stream: int = 0,
+    stream: Any = 0,
 ) -> None:
     """Start the resampling of image, labels and weights into a tile; as `fastunet.data.warp.apply_warp`.
 
@@ -64,7 +64,7 @@ def apply_warp(
         A label to be left out of the loss: it becomes 0, and its weight 0.
     weighted : (1,) int32, optional
         Set to 1 if any weight of the tile is not 0, and left alone otherwise.
-    stream : int
+    stream : int or stream of Numba
         Address of the CUDA stream; 0 is the default one.
 
     Raises
