@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from fastunet import UNet, backends, no_grad
+from fastunet import Predictor, UNet, backends, no_grad
 from fastunet.autograd import Tensor
 
 
@@ -58,3 +58,25 @@ def test_logits_are_shared_and_have_a_cuda_array_interface(device, cupy, rng):
     assert cupy.from_dlpack(logits).data.ptr == cupy.asarray(only_interface(logits)).data.ptr
     again = Tensor.from_numpy(cupy.from_dlpack(logits), logits.backend)
     assert np.abs(again.numpy() - logits.numpy()).max() <= 2**-8 * np.abs(logits.numpy()).max()
+
+
+@pytest.mark.parametrize("how", [lambda array: array, only_interface], ids=["DLPack", "interface"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(300, 260), (2, 90, 120), (81, 70, 2)], ids=str)
+def test_an_image_is_predicted_where_it_is(device, cupy, rng, shape, dtype, how):
+    """Read after it is written and before it is written again; float sums are in another order than NumPy's."""
+    model = UNet(2 if shape[-1] == 2 else 1, 3, 16, 2, device=device, precision="fp32")
+    predict = Predictor(model, rotations=4)
+    image = (rng.random(shape) * 200).astype(dtype)
+    axes = (1, 0, *range(2, image.ndim)) if len(image) > 2 else (0, 2, 1)
+    expected = predict(image.transpose(axes))
+    source, large = cupy.asarray(image), cupy.empty(2**31, np.uint8)
+    given = cupy.empty_like(source)
+    large.data.memset_async(0, large.nbytes)  # which takes longer than it takes to start the prediction
+    given.data.copy_from_device_async(source.data, given.nbytes)
+    found = predict(how(given.transpose(axes)))
+    given.data.memset_async(0xFF, given.nbytes)
+    shared = cupy.asarray(only_interface(found))
+    assert shared.data.ptr == cupy.from_dlpack(found).data.ptr
+    assert shared.shape == expected.shape and shared.dtype == np.float32
+    np.testing.assert_allclose(cupy.asnumpy(shared), expected, rtol=0, atol=1e-5)

@@ -1,11 +1,11 @@
 """The device of the tests in this folder, also by name: UNet(device="emulator").
 
-FASTUNET_TEST_DEVICE=cuda puts a real GPU in the emulator's place, and leaves out the files that make emulators of their
-own.
+FASTUNET_TEST_DEVICE=cuda puts a real GPU in the emulator's place, and leaves out the tests of the emulator itself.
 """
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from fastunet import backends
 from fastunet.backends.cuda.table import CudaBackend
 
 DEVICE = os.environ.get("FASTUNET_TEST_DEVICE", "emulator")
-collect_ignore = [] if DEVICE == "emulator" else ["test_emulator.py", "test_conv3x3_sm80.py"]
+collect_ignore = [] if DEVICE == "emulator" else ["test_emulator.py"]
 
 
 @functools.cache
@@ -36,3 +36,14 @@ backends.register("emulator", table)
 @pytest.fixture(scope="session")
 def device() -> Any:
     return table("fp32").device
+
+
+@pytest.fixture(scope="session")
+def device_of() -> Callable[..., Any]:
+    """Gives a device of an architecture, whose blocks and warps take turns by a seed; or the GPU, whatever it is."""
+
+    @functools.cache
+    def made(architecture: str, seed: int = 0) -> Any:
+        return EmulatorDevice(architecture, seed=seed) if DEVICE == "emulator" else table("bf16").device
+
+    return made

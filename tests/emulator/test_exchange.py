@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from emulator.conftest import DEVICE
 from emulator.tensors import from_bfloat16, put_flat, rounded, run
 from fastunet import UNet, backends, ops
 from fastunet.autograd import Tensor
@@ -36,6 +37,8 @@ TORCH = {
 
 @pytest.fixture(params=["fp32", "bf16"])
 def backend(request):
+    if DEVICE != "emulator":
+        pytest.skip("PyTorch's CPU tensors are in no GPU's memory: tests/test_exchange_cuda.py")
     return backends.load("emulator", request.param)
 
 
@@ -243,6 +246,8 @@ def test_parameters_are_packed_and_unpacked_on_the_device(backend, rng, kind, sh
 
 @pytest.mark.parametrize("place", ["emulator", "cpu"])
 def test_values_go_out_and_are_kept(rng, place):
+    if place != DEVICE and place != "cpu":
+        pytest.skip("PyTorch's CPU tensors are in no GPU's memory")
     table = backends.load(place, "fp32")
     values = numbers(rng, (2, 3, 4, 5), "float32")
     tensor = Tensor.from_numpy(values.numpy(), table)
@@ -342,6 +347,10 @@ def test_the_cuda_array_interface_orders_its_stream_before_ours():
         (with_interface(data=(0xBAD, False)), "an array on a GPU was given to cuda:1; move it there"),
         (with_interface(typestr=">f4"), "an array of >f4 was given"),
         (with_interface(mask=object()), "a masked array was given"),
+        (
+            with_interface(strides=(40, 12)),
+            r"strides of \(40, 12\) bytes was given; multiples of 8 are expected",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

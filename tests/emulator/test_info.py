@@ -34,8 +34,8 @@ def few_bytes(device, monkeypatch):
 def test_the_machine(device, capsys):
     assert main(["--device", "emulator"]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert rows["device"] == f"{device.name}: {device.describe()}" and rows["precision"] == "bf16"
-    assert f" available on {device.name}, " in rows["memory"]
+    assert rows["device"] == f"emulator: {device.describe()}" and rows["precision"] == "bf16"
+    assert " available on emulator, " in rows["memory"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -43,7 +43,7 @@ def test_a_plan_on_the_device(device, model, capsys, few_bytes, precision):
     few_bytes(SCRATCH + (3 << 20))
     assert main([model, "--device", "emulator", "--precision", precision, "--image", "50x70"]) == 0
     out = capsys.readouterr().out
-    assert f"{device.name}: {device.describe()}\n" in out
+    assert f"emulator: {device.describe()}\n" in out
     tile = tuple(map(int, re.search(rf"on emulator, {precision}: 1 tile of (\d+)x(\d+) ->", out).groups()))
     network = UNet(*SIZES.values(), device="cpu")
     needed = prediction_bytes(50, 70, *tile, network, {"fp32": 4, "bf16": 2}[precision])

@@ -17,7 +17,10 @@ from test_torch import (  # noqa: F401
 )
 
 import fastunet.torch
+from emulator.conftest import DEVICE
 from fastunet import backends
+
+pytestmark = pytest.mark.skipif(DEVICE != "emulator", reason="PyTorch's CPU tensors are in no GPU's memory")
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
