@@ -28,12 +28,17 @@ struct Block {
   Block& operator=(const Block&) = delete;
 };
 
-// A tensor of float32 in blocks of 16 channels, or a crop of one. Lanes beyond the last channel are zero.
+// A tensor of float32 in blocks of 16 channels, or the centre of one. Lanes beyond the last channel are zero.
 struct Array {
   View view;
+  int height, width;  // of the tensor; where the view is smaller, only the tensor's centre was kept
   std::shared_ptr<Block> block;
+  int border = 0;          // pixels around the view that are zero
+  bool rectified = false;  // the output of a ReLU: a gradient of it is made `masked`, with the border that its way needs
+  bool masked = false;     // a gradient that is 0 already where that ReLU lets nothing through
 
-  Array(int images, int height, int width, int channels, int border = 0) {
+  Array(int images, int height, int width, int channels, int border = 0)
+      : height(height), width(width), border(border) {
     if (images < 1 || height < 1 || width < 1 || channels < 1)
       throw std::invalid_argument("an array of shape (" + std::to_string(images) + ", " + std::to_string(height) +
                                   ", " + std::to_string(width) + ", " + std::to_string(channels) +
@@ -47,23 +52,63 @@ struct Array {
     view.image_stride = view.block_stride * view.blocks();
     block = std::make_shared<Block>(static_cast<size_t>(view.image_stride) * images);
     view.data = block->data + border * view.row_stride + border * kBlock;
+    if (border > 0) clear_border();
   }
 
-  py::tuple shape() const { return py::make_tuple(view.images, view.height, view.width, view.channels); }
+  py::tuple shape() const { return py::make_tuple(view.images, height, width, view.channels); }
 
   std::string describe() const {
-    return "(" + std::to_string(view.images) + ", " + std::to_string(view.height) + ", " + std::to_string(view.width) +
-           ", " + std::to_string(view.channels) + ")";
+    return "(" + std::to_string(view.images) + ", " + std::to_string(height) + ", " + std::to_string(width) + ", " +
+           std::to_string(view.channels) + ")";
   }
 
-  Array centre(int height, int width) const {
+  Array centre(int rows, int columns) const {
+    if (rows > view.height || columns > view.width)
+      throw std::invalid_argument("of an array of shape " + describe() + " only the centre of " +
+                                  std::to_string(view.height) + " x " + std::to_string(view.width) +
+                                  " pixels was kept, and " + std::to_string(rows) + " x " + std::to_string(columns) +
+                                  " were asked for");
     Array crop = *this;
-    crop.view.data = view.at(0, 0, (view.height - height) / 2, (view.width - width) / 2);
-    crop.view.height = height;
-    crop.view.width = width;
+    crop.view.data = view.at(0, 0, (view.height - rows) / 2, (view.width - columns) / 2);
+    crop.view.height = crop.height = rows;
+    crop.view.width = crop.width = columns;
+    if (rows != view.height || columns != view.width) crop.border = 0;
     return crop;
   }
+
+  // All of it, or it throws.
+  const View& whole() const {
+    if (view.height != height || view.width != width) centre(height, width);
+    return view;
+  }
+
+  void clear_border() const {
+    const size_t side = static_cast<size_t>(border) * kBlock * sizeof(float);
+    const size_t line = static_cast<size_t>(view.row_stride) * sizeof(float);
+    for (int image = 0; image < view.images; ++image)
+      for (int channels = 0; channels < view.blocks(); ++channels)
+        for (int row = -border; row < view.height + border; ++row) {
+          float* const begin = view.at(image, channels, row, -border);
+          if (row < 0 || row >= view.height) {
+            std::memset(begin, 0, line);
+          } else {
+            std::memset(begin, 0, side);
+            std::memset(view.at(image, channels, row, view.width), 0, side);
+          }
+        }
+  }
 };
+
+constexpr int kGradientBorder = 2;  // what a 3x3 convolution's data gradient reads beyond its gradient
+
+// For the gradient of x.
+Array gradient_of(const Array& x) {
+  Array gradient(x.view.images, x.view.height, x.view.width, x.view.channels, x.rectified ? kGradientBorder : 0);
+  gradient.masked = x.rectified;
+  return gradient;
+}
+
+View mask_of(const Array& x) { return x.rectified ? x.view : View{}; }
 
 using Floats = py::array_t<float, py::array::c_style>;
 using Labels = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
@@ -99,8 +144,11 @@ bool same_shape(const View& a, const View& b) {
 Algorithm algorithm_named(const std::string& name) {
   if (name == "auto") return Algorithm::kAutomatic;
   if (name == "direct") return Algorithm::kDirect;
-  if (name == "winograd") return Algorithm::kWinograd;
-  throw std::invalid_argument("convolution algorithm '" + name + "' is unknown; expected auto, direct or winograd");
+  if (name == "winograd2") return Algorithm::kWinograd2;
+  if (name == "winograd4") return Algorithm::kWinograd4;
+  if (name == "winograd6") return Algorithm::kWinograd6;
+  throw std::invalid_argument("convolution algorithm '" + name +
+                              "' is unknown; expected auto, direct, winograd2, winograd4 or winograd6");
 }
 
 Array from_pixels(const Floats& pixels) {
@@ -114,7 +162,7 @@ Array from_pixels(const Floats& pixels) {
 }
 
 Floats to_pixels(const Array& array) {
-  const View& v = array.view;
+  const View& v = array.whole();
   Floats pixels({v.images, v.height, v.width, v.channels});
   float* target = pixels.mutable_data();
   run([&] { kernels().from_blocks(v, target); });
@@ -125,23 +173,6 @@ Array like(const Array& a) { return Array(a.view.images, a.view.height, a.view.w
 
 void clear(const Array& array) { std::memset(array.block->data, 0, array.block->floats * sizeof(float)); }
 
-// Zeros the pixels within `border` of the view's edge, outside it.
-void clear_border(const View& v, int border) {
-  const size_t side = static_cast<size_t>(border) * kBlock * sizeof(float);
-  const size_t line = static_cast<size_t>(v.row_stride) * sizeof(float);
-  for (int image = 0; image < v.images; ++image)
-    for (int block = 0; block < v.blocks(); ++block)
-      for (int row = -border; row < v.height + border; ++row) {
-        float* const begin = v.at(image, block, row, -border);
-        if (row < 0 || row >= v.height) {
-          std::memset(begin, 0, line);
-        } else {
-          std::memset(begin, 0, side);
-          std::memset(v.at(image, block, row, v.width), 0, side);
-        }
-      }
-}
-
 // --------------------------------------------------------------------------------------------------
 // convolution 3x3
 
@@ -149,14 +180,14 @@ void clear_border(const View& v, int border) {
 Channels concatenation(const Array& x, const std::optional<Array>& skip) {
   Channels input;
   if (!skip) {
-    input.part[0] = x.view;
+    input.part[0] = x.whole();
     return input;
   }
-  expect(skip->view.images == x.view.images && skip->view.height >= x.view.height && skip->view.width >= x.view.width,
+  expect(skip->view.images == x.view.images && skip->height >= x.height && skip->width >= x.width,
          "the skip connection has shape " + skip->describe() + ", too small to be cropped to " + x.describe());
   input.count = 2;
   input.part[0] = skip->centre(x.view.height, x.view.width).view;
-  input.part[1] = x.view;
+  input.part[1] = x.whole();
   return input;
 }
 
@@ -164,17 +195,80 @@ ptrdiff_t weight_floats(int input_blocks, int outputs, int taps) {
   return static_cast<ptrdiff_t>(input_blocks) * kBlock * padded(outputs) * taps;
 }
 
+// What a convolution computes, but for where it goes.
+struct Convolution3x3 {
+  Channels input;
+  const float *weight, *bias;
+  int images, height, width, outputs;
+
+  Convolution3x3(const Array& x, const std::optional<Array>& skip, const Floats& weight_values,
+                 const Floats& bias_values, int outputs)
+      : images(x.view.images), height(x.view.height - 2), width(x.view.width - 2), outputs(outputs) {
+    expect(x.view.height >= 3 && x.view.width >= 3,
+           "conv3x3 was given an input of shape " + x.describe() + "; it must be at least 3 x 3 pixels");
+    input = concatenation(x, skip);
+    weight = expect_floats(weight_values, weight_floats(input.blocks(), outputs, 9), "the weight of conv3x3");
+    bias = expect_floats(bias_values, padded(outputs), "the bias of conv3x3");
+  }
+
+  Destination to(const Array& output, bool relu) const {
+    Destination destination(Channels{{output.view}}, height, width);
+    destination.bias = bias;
+    destination.relu = relu;
+    return destination;
+  }
+};
+
 Array conv3x3_forward(const Array& x, const std::optional<Array>& skip, const Floats& weight, const Floats& bias,
                       int outputs, bool relu, const std::string& algorithm) {
-  expect(x.view.height >= 3 && x.view.width >= 3,
-         "conv3x3 was given an input of shape " + x.describe() + "; it must be at least 3 x 3 pixels");
-  const Channels input = concatenation(x, skip);
-  const float* w = expect_floats(weight, weight_floats(input.blocks(), outputs, 9), "the weight of conv3x3");
-  const float* b = expect_floats(bias, padded(outputs), "the bias of conv3x3");
+  const Convolution3x3 c(x, skip, weight, bias, outputs);
   const Algorithm chosen = algorithm_named(algorithm);
-  Array output(x.view.images, x.view.height - 2, x.view.width - 2, outputs);
-  run([&] { kernels().conv3x3_forward(input, w, b, relu, output.view, chosen); });
+  Array output(c.images, c.height, c.width, outputs);
+  output.rectified = relu;
+  run([&] { kernels().conv3x3_forward(c.input, c.weight, c.to(output, relu), chosen); });
   return output;
+}
+
+// Which pixel won each 2x2, for the way back.
+struct Choice {
+  Array pooled;  // its shape
+  std::shared_ptr<Block> bytes;
+  bool rectified;
+
+  Choice(const Array& pooled, bool rectified)
+      : pooled(pooled), bytes(std::make_shared<Block>(pooled.block->floats / sizeof(float) + 1)), rectified(rectified) {
+    this->pooled.block.reset();
+  }
+  uint8_t* data() const { return reinterpret_cast<uint8_t*>(bytes->data); }
+};
+
+// The convolution with ReLU, of which the centre of kept_height x kept_width is returned, its maxima, and the choice
+// where it is wanted.
+std::tuple<Array, Array, std::optional<Choice>> conv3x3_maxpool2x2_forward(const Array& x, const Floats& weight,
+                                                                           const Floats& bias, int outputs,
+                                                                           int kept_height, int kept_width,
+                                                                           bool wants_choice,
+                                                                           const std::string& algorithm) {
+  const Convolution3x3 c(x, std::nullopt, weight, bias, outputs);
+  expect(c.height >= 2 && c.width >= 2, "maxpool2x2 was given the convolution of an input of shape " + x.describe() +
+                                            "; it must be at least 4 x 4 pixels");
+  expect(kept_height >= 1 && kept_height <= c.height && kept_width >= 1 && kept_width <= c.width,
+         "the centre to be kept, " + std::to_string(kept_height) + " x " + std::to_string(kept_width) +
+             " pixels, is not within the convolution of an input of shape " + x.describe());
+  const Algorithm chosen = algorithm_named(algorithm);
+  Array kept(c.images, kept_height, kept_width, outputs), pooled(c.images, c.height / 2, c.width / 2, outputs);
+  kept.height = c.height;
+  kept.width = c.width;
+  kept.rectified = true;
+  std::optional<Choice> choice;
+  if (wants_choice) choice.emplace(pooled, true);
+  run([&] {
+    Destination to = c.to(kept, true);
+    to.pooled = pooled.view;
+    to.choice = choice ? choice->data() : nullptr;
+    kernels().conv3x3_forward(c.input, c.weight, to, chosen);
+  });
+  return {kept, pooled, choice};
 }
 
 // Adds to weight_gradient and bias_gradient; returns the gradients of x and of the skip's centre where
@@ -186,9 +280,11 @@ std::pair<std::optional<Array>, std::optional<Array>> conv3x3_backward(const Arr
                                                                        Floats& bias_gradient, bool wants_input,
                                                                        const std::string& algorithm) {
   const View& g = gradient.view;
+  const bool masks = relu_output && !gradient.masked;
   expect(g.images == x.view.images && g.height == x.view.height - 2 && g.width == x.view.width - 2,
          "conv3x3's gradient has shape " + gradient.describe() + ", which does not fit its input " + x.describe());
-  expect(!relu_output || same_shape(relu_output->view, g),
+  expect(!masks || (relu_output->height == g.height && relu_output->width == g.width &&
+                    relu_output->view.images == g.images && relu_output->view.channels == g.channels),
          "conv3x3's gradient has shape " + gradient.describe() + ", which is not that of its output");
   const Channels input = concatenation(x, skip);
   const ptrdiff_t floats = weight_floats(input.blocks(), g.channels, 9);
@@ -197,23 +293,33 @@ std::pair<std::optional<Array>, std::optional<Array>> conv3x3_backward(const Arr
   float* db = expect_mutable(bias_gradient, padded(g.channels), "the bias gradient of conv3x3");
   const Algorithm chosen = algorithm_named(algorithm);
   std::optional<Array> x_gradient, skip_gradient;
-  Channels input_gradient;
-  if (wants_input) {
-    x_gradient = like(x);
-    input_gradient.part[0] = x_gradient->view;
-    if (skip) {
-      skip_gradient.emplace(x.view.images, x.view.height, x.view.width, skip->view.channels);
-      input_gradient.count = 2;
-      input_gradient.part[0] = skip_gradient->view;
-      input_gradient.part[1] = x_gradient->view;
-    }
-  }
   run([&] {
-    Array masked(g.images, g.height, g.width, g.channels, 2);
-    clear_border(masked.view, 2);
-    kernels().backward_epilogue(g, relu_output ? relu_output->view : View{}, masked.view, db);
-    kernels().conv3x3_backward_weight(input, masked.view, dw, chosen);
-    if (wants_input) kernels().conv3x3_backward_data(masked.view, w, input_gradient, chosen);
+    std::optional<Array> copy;  // where the gradient does not come as it is needed
+    if (masks || gradient.border < kGradientBorder) {
+      copy.emplace(g.images, g.height, g.width, g.channels, kGradientBorder);
+      const View& output = masks ? relu_output->view : g;
+      const bool all = output.height == g.height && output.width == g.width;
+      kernels().mask(g, masks && all ? output : View{}, copy->view);
+      if (masks && !all) {  // beyond the centre, the gradient came through a pooling, masked
+        const View centre = copy->centre(output.height, output.width).view;
+        kernels().mask(centre, output, centre);
+      }
+    }
+    const View& ready = copy ? copy->view : g;
+    kernels().conv3x3_backward_weight(input, ready, dw, db, chosen);
+    if (!wants_input) return;
+    x_gradient = gradient_of(x);
+    Destination to(Channels{{x_gradient->view}}, x.view.height, x.view.width);
+    to.mask[0] = mask_of(x);
+    if (skip) {
+      const Array centre = skip->centre(x.view.height, x.view.width);
+      skip_gradient.emplace(x.view.images, x.height, x.width, skip->view.channels);
+      skip_gradient->masked = skip->rectified;
+      to.values = Channels{{skip_gradient->view, x_gradient->view}, 2};
+      to.mask[1] = to.mask[0];
+      to.mask[0] = mask_of(centre);
+    }
+    kernels().conv3x3_backward_data(ready, w, to, chosen);
   });
   return {x_gradient, skip_gradient};
 }
@@ -222,7 +328,7 @@ std::pair<std::optional<Array>, std::optional<Array>> conv3x3_backward(const Arr
 // up-convolution, 1x1 head
 
 Array upconv2x2_forward(const Array& x, const Floats& weight, const Floats& bias, int outputs) {
-  const View& v = x.view;
+  const View& v = x.whole();
   const float* w = expect_floats(weight, weight_floats(v.blocks(), outputs, 4), "the weight of upconv2x2");
   const float* b = expect_floats(bias, padded(outputs), "the bias of upconv2x2");
   Array output(v.images, 2 * v.height, 2 * v.width, outputs);
@@ -240,17 +346,17 @@ std::optional<Array> upconv2x2_backward(const Array& gradient, const Array& x, c
   float* dw = expect_mutable(weight_gradient, floats, "the weight gradient of upconv2x2");
   float* db = expect_mutable(bias_gradient, padded(g.channels), "the bias gradient of upconv2x2");
   std::optional<Array> x_gradient;
-  if (wants_input) x_gradient = like(x);
+  if (wants_input) x_gradient = gradient_of(x);
   run([&] {
-    kernels().backward_epilogue(g, View{}, g, db);
+    kernels().add_pixels(g, db);
     kernels().upconv2x2_backward_weight(x.view, g, dw);
-    if (wants_input) kernels().upconv2x2_backward_data(g, w, x_gradient->view);
+    if (wants_input) kernels().upconv2x2_backward_data(g, w, x_gradient->view, mask_of(x));
   });
   return x_gradient;
 }
 
 Array conv1x1_forward(const Array& x, const Floats& weight, const Floats& bias, int outputs) {
-  const View& v = x.view;
+  const View& v = x.whole();
   const float* w = expect_floats(weight, weight_floats(v.blocks(), outputs, 1), "the weight of conv1x1");
   const float* b = expect_floats(bias, padded(outputs), "the bias of conv1x1");
   Array output(v.images, v.height, v.width, outputs);
@@ -268,11 +374,11 @@ std::optional<Array> conv1x1_backward(const Array& gradient, const Array& x, con
   float* dw = expect_mutable(weight_gradient, floats, "the weight gradient of conv1x1");
   float* db = expect_mutable(bias_gradient, padded(g.channels), "the bias gradient of conv1x1");
   std::optional<Array> x_gradient;
-  if (wants_input) x_gradient = like(x);
+  if (wants_input) x_gradient = gradient_of(x);
   run([&] {
-    kernels().backward_epilogue(g, View{}, g, db);
+    kernels().add_pixels(g, db);
     kernels().conv1x1_backward_weight(x.view, g, dw);
-    if (wants_input) kernels().conv1x1_backward_data(g, w, x_gradient->view);
+    if (wants_input) kernels().conv1x1_backward_data(g, w, x_gradient->view, mask_of(x));
   });
   return x_gradient;
 }
@@ -280,33 +386,43 @@ std::optional<Array> conv1x1_backward(const Array& gradient, const Array& x, con
 // --------------------------------------------------------------------------------------------------
 // pooling, loss, dropout, sums, SGD
 
-using Choices = py::array_t<uint8_t, py::array::c_style>;
+// target += source, whose pixels are the centre of target's.
+void add_centre(Array& target, const Array& source) {
+  const View& s = source.whole();
+  target.whole();
+  expect(s.images == target.view.images && s.channels == target.view.channels && s.height <= target.view.height &&
+             s.width <= target.view.width,
+         "an array of shape " + source.describe() + " cannot be added to one of " + target.describe());
+  target.masked = target.masked && source.masked;
+  run([&] { kernels().add(s, target.centre(s.height, s.width).view); });
+}
 
-std::pair<Array, Choices> maxpool2x2_forward(const Array& x) {
-  const View& v = x.view;
+std::pair<Array, Choice> maxpool2x2_forward(const Array& x) {
+  const View& v = x.whole();
   expect(v.height >= 2 && v.width >= 2,
          "maxpool2x2 was given an input of shape " + x.describe() + "; it must be at least 2 x 2 pixels");
   Array output(v.images, v.height / 2, v.width / 2, v.channels);
-  Choices choice(static_cast<py::ssize_t>(v.images) * v.blocks() * output.view.height * output.view.width * kBlock);
-  uint8_t* target = choice.mutable_data();
-  run([&] { kernels().maxpool2x2_forward(v, output.view, target); });
+  const Choice choice(output, x.rectified);
+  run([&] { kernels().maxpool2x2_forward(v, x.rectified, output.view, choice.data()); });
   return {output, choice};
 }
 
-Array maxpool2x2_backward(const Array& gradient, const Choices& choice, int height, int width) {
+// The gradient of the pooling's input, to which that of its centre is added where there is one.
+Array maxpool2x2_backward(const Array& gradient, const Choice& choice, int height, int width,
+                          const std::optional<Array>& present) {
   const View& g = gradient.view;
-  expect(g.height == height / 2 && g.width == width / 2 &&
-             choice.size() == static_cast<py::ssize_t>(g.images) * g.blocks() * g.height * g.width * kBlock,
+  expect(g.height == height / 2 && g.width == width / 2 && same_shape(g, choice.pooled.view),
          "maxpool2x2's gradient has shape " + gradient.describe() + ", which does not fit its input");
-  Array input_gradient(g.images, height, width, g.channels);
-  const uint8_t* which = choice.data();
-  run([&] { kernels().maxpool2x2_backward(g, which, input_gradient.view); });
+  Array input_gradient(g.images, height, width, g.channels, choice.rectified ? kGradientBorder : 0);
+  input_gradient.masked = choice.rectified && (!present || present->masked);
+  run([&] { kernels().maxpool2x2_backward(g, choice.data(), input_gradient.view); });
+  if (present) add_centre(input_gradient, *present);
   return input_gradient;
 }
 
 std::pair<double, std::optional<Array>> softmax_cross_entropy(const Array& logits, const Labels& labels,
                                                               const Weights& weights, bool wants_gradient) {
-  const View& v = logits.view;
+  const View& v = logits.whole();
   const ptrdiff_t pixels = static_cast<ptrdiff_t>(v.images) * v.height * v.width;
   expect(labels.size() == pixels && weights.size() == pixels,
          "softmax_cross_entropy was given logits of shape " + logits.describe() + " with " +
@@ -328,24 +444,17 @@ std::pair<double, std::optional<Array>> softmax_cross_entropy(const Array& logit
 
 Array softmax(const Array& logits) {
   Array probabilities = like(logits);
-  run([&] { kernels().softmax(logits.view, probabilities.view); });
+  run([&] { kernels().softmax(logits.whole(), probabilities.view); });
   return probabilities;
 }
 
 Array dropout(const Array& x, float rate, uint64_t seed, uint64_t draw) {
   expect(rate >= 0 && rate < 1, "a dropout rate of " + std::to_string(rate) + " was given; 0 <= rate < 1 is expected");
-  Array output = like(x);
-  run([&] { kernels().dropout(x.view, output.view, rate, seed, draw); });
+  Array output(x.view.images, x.view.height, x.view.width, x.view.channels, x.border);
+  output.rectified = x.rectified;
+  output.masked = x.masked;
+  run([&] { kernels().dropout(x.whole(), output.view, rate, seed, draw); });
   return output;
-}
-
-// target += source, whose pixels are the centre of target's.
-void add_centre(const Array& target, const Array& source) {
-  const View& s = source.view;
-  expect(s.images == target.view.images && s.channels == target.view.channels && s.height <= target.view.height &&
-             s.width <= target.view.width,
-         "an array of shape " + source.describe() + " cannot be added to one of " + target.describe());
-  run([&] { kernels().add(s, target.centre(s.height, s.width).view); });
 }
 
 void multiply(const Array& target, float factor) {
@@ -379,8 +488,13 @@ PYBIND11_MODULE(_fastunet, module) {
       .def_property_readonly("shape", &Array::shape)
       .def_property_readonly("nbytes", [](const Array& a) { return a.block->floats * sizeof(float); });
 
+  py::class_<Choice>(module, "Choice", "Which pixel won each 2x2 of a pooling.")
+      .def_property_readonly("nbytes", [](const Choice& c) { return c.bytes->floats * sizeof(float); });
+
   module.def("conv3x3_forward", &conv3x3_forward, "x"_a, "skip"_a, "weight"_a, "bias"_a, "outputs"_a, "relu"_a,
              "algorithm"_a = "auto");
+  module.def("conv3x3_maxpool2x2_forward", &conv3x3_maxpool2x2_forward, "x"_a, "weight"_a, "bias"_a, "outputs"_a,
+             "kept_height"_a, "kept_width"_a, "wants_choice"_a, "algorithm"_a = "auto");
   module.def("conv3x3_backward", &conv3x3_backward, "gradient"_a, "x"_a, "skip"_a, "relu_output"_a, "weight"_a,
              "weight_gradient"_a.noconvert(), "bias_gradient"_a.noconvert(), "wants_input"_a, "algorithm"_a = "auto");
   module.def("upconv2x2_forward", &upconv2x2_forward, "x"_a, "weight"_a, "bias"_a, "outputs"_a);
@@ -390,7 +504,8 @@ PYBIND11_MODULE(_fastunet, module) {
   module.def("conv1x1_backward", &conv1x1_backward, "gradient"_a, "x"_a, "weight"_a, "weight_gradient"_a.noconvert(),
              "bias_gradient"_a.noconvert(), "wants_input"_a);
   module.def("maxpool2x2_forward", &maxpool2x2_forward, "x"_a);
-  module.def("maxpool2x2_backward", &maxpool2x2_backward, "gradient"_a, "choice"_a, "height"_a, "width"_a);
+  module.def("maxpool2x2_backward", &maxpool2x2_backward, "gradient"_a, "choice"_a, "height"_a, "width"_a,
+             "present"_a = std::nullopt);
   module.def("softmax_cross_entropy", &softmax_cross_entropy, "logits"_a, "labels"_a, "weights"_a, "wants_gradient"_a);
   module.def("softmax", &softmax, "logits"_a);
   module.def("dropout", &dropout, "x"_a, "rate"_a, "seed"_a, "draw"_a);

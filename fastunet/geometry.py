@@ -44,6 +44,14 @@ def input_size(m: int, depth: int = 4) -> int:
     return -(-(m + 2 * border(depth) + 4) // step) * step - 4
 
 
+def skip_size(m: int, level: int) -> int:
+    """Side of the centre of a level's skip that the way up to an output of `m` pixels reads (388 -> 392 at level 0)."""
+    side = m + 4
+    for _ in range(level):
+        side = side // 2 + 4
+    return side
+
+
 def nearest_inputs(n: int, depth: int = 4) -> tuple[int, int]:
     """Two valid inputs nearest to `n`: the largest below and the smallest above, or the two smallest."""
     above = input_size(max(1, n + 1 - 2 * border(depth)), depth)

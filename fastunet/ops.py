@@ -46,8 +46,17 @@ def conv3x3(
     return _record_conv3x3(y, x, weight, bias, relu, skip)
 
 
-def conv3x3_maxpool2x2(x: Tensor, weight: Parameter, bias: Parameter) -> tuple[Tensor, Tensor]:
+def conv3x3_maxpool2x2(
+    x: Tensor, weight: Parameter, bias: Parameter, kept: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
     """`conv3x3` with ReLU and the `maxpool2x2` of its result, made in one pass where the device can.
+
+    Parameters
+    ----------
+    x, weight, bias
+        As for `conv3x3`.
+    kept : (height, width), optional
+        The centre of y that will be read, as the skip of a `conv3x3`; a device need not keep more. Default: all.
 
     Returns
     -------
@@ -61,7 +70,7 @@ def conv3x3_maxpool2x2(x: Tensor, weight: Parameter, bias: Parameter) -> tuple[T
     """
     _check_inputs("conv3x3_maxpool2x2", weight, x)
     y, pooled, choice = x.backend.conv3x3_maxpool2x2_forward(
-        x.array, weight.value, bias.value, weight.outputs
+        x.array, weight.value, bias.value, weight.outputs, kept, recording()
     )
     convolved = _record_conv3x3(y, x, weight, bias, relu=True, skip=None)
     return convolved, _record_maxpool2x2(pooled, convolved, choice)

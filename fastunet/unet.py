@@ -11,7 +11,7 @@ import numpy as np
 from fastunet import backends, ops
 from fastunet.autograd import Tensor
 from fastunet.errors import DataError
-from fastunet.geometry import output_size
+from fastunet.geometry import output_size, skip_size
 from fastunet.normalization import Normalization, check_normalization
 from fastunet.parameters import Parameter, ParameterSet
 
@@ -163,8 +163,7 @@ class UNet:
             raise ValueError(
                 f"the network was given {x.shape[3]} channels, it has {self.in_channels} input channels"
             )
-        for side in x.shape[1:3]:
-            output_size(side, self.depth)
+        height, width = (output_size(side, self.depth) for side in x.shape[1:3])
         if self.training:
             self.draws += 1
 
@@ -180,7 +179,7 @@ class UNet:
                 skip = drop(ops.conv3x3(x, *second, relu=True), 0)
                 x = ops.maxpool2x2(skip)
             else:
-                skip, x = ops.conv3x3_maxpool2x2(x, *second)
+                skip, x = ops.conv3x3_maxpool2x2(x, *second, (skip_size(height, level), skip_size(width, level)))
             skips.append(skip)
             del skip  # it is freed where the level it is for has read it
         x = ops.conv3x3(x, *self._layer("bottleneck.conv1"), relu=True)

@@ -26,10 +26,12 @@ def backend():
     return backends.load("cpu")
 
 
-@pytest.fixture(params=["direct", "winograd"])
+@pytest.fixture(params=["direct", "winograd2", "winograd4", "winograd6"])
 def algorithm(request, monkeypatch, backend):
-    """The CPU's two ways to a 3x3 convolution."""
+    """The CPU's ways to a 3x3 convolution; tiles of 6 x 6 lose a digit, which is why nobody gets them unasked."""
     monkeypatch.setattr(backend, "algorithm", request.param)
+    if request.param == "winograd6":
+        monkeypatch.setitem(TOLERANCE, 32, 1e-4)
 
 
 def activation_bits(backend) -> int:

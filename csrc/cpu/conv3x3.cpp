@@ -13,11 +13,43 @@
 namespace fastunet {
 namespace {
 
-// The choice, the same for the three directions: Winograd wherever there are channels to pay for its
-// transforms and at least one whole tile.
-bool use_winograd(Algorithm algorithm, int inputs, int outputs, int height, int width) {
-  if (algorithm != Algorithm::kAutomatic) return algorithm == Algorithm::kWinograd;
-  return inputs >= kBlock && outputs >= kBlock && height >= kTile && width >= kTile;
+// The choice, the same for the three directions: tiles of 4 x 4 wherever there are channels to pay for their transforms
+// and at least one whole tile.
+Algorithm chosen(Algorithm wanted, int inputs, int outputs, int height, int width) {
+  if (wanted != Algorithm::kAutomatic) return wanted;
+  const bool pays = inputs >= kBlock && outputs >= kBlock && height >= 4 && width >= 4;
+  return pays ? Algorithm::kWinograd4 : Algorithm::kDirect;
+}
+
+// Directly; crop, mask and pooling are passes of their own.
+void convolve_to(const Channels& input, const float* weight, const Destination& to) {
+  const View& kept = to.values.part[0];
+  const bool whole = kept.height == to.height && kept.width == to.width;
+  Channels computed = to.values;
+  if (!whole) {
+    View& all = computed.part[0];
+    all.height = to.height;
+    all.width = to.width;
+    all.row_stride = static_cast<ptrdiff_t>(to.width) * kBlock;
+    all.block_stride = all.row_stride * to.height;
+    all.image_stride = all.block_stride * all.blocks();
+    all.data = scratch(kInputTiles, all.image_stride * all.images);
+  }
+  Convolution c{input, weight, computed};
+  c.bias = to.bias;
+  c.relu = to.relu;
+  convolve(c);
+  for (int part = 0; part < to.values.count; ++part)
+    if (to.mask[part].data != nullptr)
+      FASTUNET_ISA::mask(to.values.part[part], to.mask[part], to.values.part[part]);
+  if (to.pooled.data != nullptr) FASTUNET_ISA::maxpool2x2_forward(computed.part[0], true, to.pooled, to.choice);
+  if (!whole) {
+    View centre = computed.part[0];
+    centre.data = centre.at(0, 0, (to.height - kept.height) / 2, (to.width - kept.width) / 2);
+    centre.height = kept.height;
+    centre.width = kept.width;
+    FASTUNET_ISA::mask(centre, View{}, kept);
+  }
 }
 
 int channel_count(const Channels& c) { return c.part[0].channels + (c.count == 2 ? c.part[1].channels : 0); }
@@ -26,45 +58,38 @@ int channel_count(const Channels& c) { return c.part[0].channels + (c.count == 2
 
 namespace FASTUNET_ISA {
 
-void conv3x3_forward(const Channels& input, const float* weight, const float* bias, bool relu, const View& output,
-                     Algorithm algorithm) {
-  const Channels target{{output}};
-  if (use_winograd(algorithm, channel_count(input), output.channels, output.height, output.width)) {
-    winograd_forward(input, weight, bias, relu, target, output.height, output.width);
-  } else {
-    Convolution c{input, weight, target};
-    c.bias = bias;
-    c.relu = relu;
-    convolve(c);
+void conv3x3_forward(const Channels& input, const float* weight, const Destination& to, Algorithm algorithm) {
+  switch (chosen(algorithm, channel_count(input), channel_count(to.values), to.height, to.width)) {
+    case Algorithm::kWinograd2: return winograd_forward<2>(input, weight, to);
+    case Algorithm::kWinograd6: return winograd_forward<6>(input, weight, to);
+    case Algorithm::kWinograd4: return winograd_forward<4>(input, weight, to);
+    default: return convolve_to(input, weight, to);
   }
 }
 
-void conv3x3_backward_data(const View& gradient, const float* weight, const Channels& input_gradient,
-                           Algorithm algorithm) {
-  const int inputs = input_gradient.blocks() * kBlock, outputs = gradient.blocks() * kBlock;
+void conv3x3_backward_data(const View& gradient, const float* weight, const Destination& to, Algorithm algorithm) {
+  const int inputs = to.values.blocks() * kBlock, outputs = gradient.blocks() * kBlock;
   float* const transposed = scratch(kTransposed, static_cast<size_t>(inputs) * outputs * 9);
   transpose_weight(weight, inputs, outputs, 9, true, transposed);
   View bordered = gradient;  // from the border's first pixel
   bordered.data -= 2 * gradient.row_stride + 2 * kBlock;
   bordered.height += 4;
   bordered.width += 4;
-  const Channels source{{bordered}};
-  const int height = gradient.height + 2, width = gradient.width + 2;
-  if (use_winograd(algorithm, gradient.channels, channel_count(input_gradient), height, width)) {
-    winograd_forward(source, transposed, nullptr, false, input_gradient, height, width);
-  } else {
-    convolve(Convolution{source, transposed, input_gradient});
-  }
+  conv3x3_forward(Channels{{bordered}}, transposed, to, algorithm);
 }
 
-void conv3x3_backward_weight(const Channels& input, const View& gradient, float* weight_gradient, Algorithm algorithm) {
-  if (use_winograd(algorithm, channel_count(input), gradient.channels, gradient.height, gradient.width)) {
-    winograd_backward_weight(input, gradient, weight_gradient);
-  } else {
-    Correlation c{input, gradient};
-    c.weight_gradient = weight_gradient;
-    correlate(c);
+void conv3x3_backward_weight(const Channels& input, const View& gradient, float* weight_gradient, float* bias_gradient,
+                             Algorithm algorithm) {
+  switch (chosen(algorithm, channel_count(input), gradient.channels, gradient.height, gradient.width)) {
+    case Algorithm::kWinograd2: return winograd_backward_weight<2>(input, gradient, weight_gradient, bias_gradient);
+    case Algorithm::kWinograd6: return winograd_backward_weight<6>(input, gradient, weight_gradient, bias_gradient);
+    case Algorithm::kWinograd4: return winograd_backward_weight<4>(input, gradient, weight_gradient, bias_gradient);
+    default: break;
   }
+  Correlation c{input, gradient};
+  c.weight_gradient = weight_gradient;
+  correlate(c);
+  add_pixels(gradient, bias_gradient);
 }
 
 }  // namespace FASTUNET_ISA

@@ -13,12 +13,13 @@ namespace {
 
 struct Convolution {
   Channels input;
-  const float* weight = nullptr;  // [out / group][in][taps][group]
+  const float* weight = nullptr;  // [out / group][in / 16][taps][16][group]
   Channels output;
   int kernel = 3, stride = 1;
   int taps = 9, first_tap = 0;  // of the layout, and where this convolution's kernel begins in it
   const float* bias = nullptr;
   bool relu = false;
+  View mask;            // outputs only where this is above 0, where it has data
   int output_step = 1;  // pixels between neighbouring outputs in a row of `output`
 };
 
@@ -31,18 +32,18 @@ INLINE void convolve_segment(const Convolution& c, int group, int image, int row
     UNROLL
     for (int pixel = 0; pixel < PIXELS; ++pixel) sums[pixel][v] = start;
   }
-  const ptrdiff_t channel_stride = static_cast<ptrdiff_t>(c.taps) * group;
-  const float* weight = c.weight + static_cast<ptrdiff_t>(output / group) * group * c.taps * c.input.blocks() * kBlock +
-                        static_cast<ptrdiff_t>(c.first_tap) * group + output % group;
+  const ptrdiff_t tap_stride = static_cast<ptrdiff_t>(kBlock) * group;
+  const float* weight = c.weight + (static_cast<ptrdiff_t>(output / group) * c.input.blocks() * c.taps + c.first_tap) * tap_stride +
+                        output % group;
   for (int part = 0; part < c.input.count; ++part) {
     const View& x = c.input.part[part];
-    for (int block = 0; block < x.blocks(); ++block, weight += kBlock * channel_stride) {
+    for (int block = 0; block < x.blocks(); ++block, weight += c.taps * tap_stride) {
       const int channels = smaller(kBlock, x.channels - block * kBlock);
       const float* corner = x.at(image, block, row * c.stride, column * c.stride);
       for (int ky = 0; ky < c.kernel; ++ky)
         for (int kx = 0; kx < c.kernel; ++kx)
           multiply(sums, corner + ky * x.row_stride + kx * kBlock, kBlock * c.stride,
-                   weight + (ky * c.kernel + kx) * group, channel_stride, channels);
+                   weight + (ky * c.kernel + kx) * tap_stride, group, channels);
     }
   }
   UNROLL
@@ -50,9 +51,12 @@ INLINE void convolve_segment(const Convolution& c, int group, int image, int row
     int block = (output + v * kLanes) / kBlock;
     const View& y = part_of(c.output, block);
     float* out = y.at(image, block, row, column * c.output_step) + (output + v * kLanes) % kBlock;
+    const float* const positive =
+        c.mask.data != nullptr ? c.mask.at(image, block, row, column) + (output + v * kLanes) % kBlock : nullptr;
     UNROLL
     for (int pixel = 0; pixel < PIXELS; ++pixel) {
-      const vec value = c.relu ? maximum(sums[pixel][v], vec{}) : sums[pixel][v];
+      vec value = c.relu ? maximum(sums[pixel][v], vec{}) : sums[pixel][v];
+      if (positive != nullptr) value = load(positive + pixel * kBlock) > vec{} ? value : vec{};
       store(out + pixel * kBlock * c.output_step, value);
     }
   }
@@ -89,22 +93,52 @@ void convolve(const Convolution& c) {
   });
 }
 
-// weight [out / G][in][taps][G] -> transposed [in / G'][out][taps][G'], taps reversed where `reverse`.
+// The transpose of kLanes x kLanes values: in log2(kLanes) steps, of which each swaps the halves of larger squares.
+INLINE void transpose_square(vec (&rows)[kLanes]) {
+  UNROLL
+  for (int step = 1; step < kLanes; step *= 2) {
+    int_vec upper, lower;  // which of the lanes of a pair of rows, counted through both
+    UNROLL
+    for (int lane = 0; lane < kLanes; ++lane) {
+      upper[lane] = (lane & step) != 0 ? kLanes + lane - step : lane;
+      lower[lane] = (lane & step) != 0 ? kLanes + lane : lane + step;
+    }
+    UNROLL
+    for (int row = 0; row < kLanes; ++row)
+      if ((row & step) == 0) {
+        const vec first = rows[row], second = rows[row + step];
+        rows[row] = __builtin_shuffle(first, second, upper);
+        rows[row + step] = __builtin_shuffle(first, second, lower);
+      }
+  }
+}
+
+// weight [out / G][in / 16][taps][16][G] -> transposed [in / G'][out / 16][taps][16][G'], taps reversed where `reverse`.
 void transpose_weight(const float* weight, int inputs, int outputs, int taps, bool reverse, float* transposed) {
   const int group = group_width(outputs), transposed_group = group_width(inputs);
-  parallel(inputs / transposed_group * (outputs / kBlock), [&](int task, int) {
-    const int input_group = task / (outputs / kBlock), output_block = task % (outputs / kBlock);
-    for (int o = output_block * kBlock; o < (output_block + 1) * kBlock; ++o)
-      for (int tap = 0; tap < taps; ++tap) {
-        float* target =
-            transposed + ((static_cast<ptrdiff_t>(input_group) * outputs + o) * taps + tap) * transposed_group;
-        const float* source = weight +
-                              ((static_cast<ptrdiff_t>(o / group) * inputs + input_group * transposed_group) * taps +
-                               (reverse ? taps - 1 - tap : tap)) *
-                                  group +
-                              o % group;
-        for (int i = 0; i < transposed_group; ++i) target[i] = source[static_cast<ptrdiff_t>(i) * taps * group];
-      }
+  const int in_blocks = inputs / kBlock, out_blocks = outputs / kBlock;
+  parallel(in_blocks * out_blocks, [&](int task, int) {
+    const int input = task / out_blocks * kBlock, output = task % out_blocks * kBlock;
+    for (int tap = 0; tap < taps; ++tap) {
+      const float* const source =
+          weight +
+          ((static_cast<ptrdiff_t>(output / group) * in_blocks + input / kBlock) * taps + tap) * kBlock * group +
+          output % group;
+      float* const target = transposed +
+                            ((static_cast<ptrdiff_t>(input / transposed_group) * out_blocks + output / kBlock) * taps +
+                             (reverse ? taps - 1 - tap : tap)) *
+                                kBlock * transposed_group +
+                            input % transposed_group;
+      for (int i = 0; i < kBlock; i += kLanes)
+        for (int o = 0; o < kBlock; o += kLanes) {
+          vec rows[kLanes];
+          UNROLL
+          for (int lane = 0; lane < kLanes; ++lane) rows[lane] = load(source + (i + lane) * group + o);
+          transpose_square(rows);
+          UNROLL
+          for (int lane = 0; lane < kLanes; ++lane) store(target + (o + lane) * transposed_group + i, rows[lane]);
+        }
+    }
   });
 }
 

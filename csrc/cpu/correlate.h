@@ -16,7 +16,7 @@ struct Correlation {
   int kernel = 3;
   bool taps_move_input = true;  // a convolution; false: an up-convolution, whose taps move the gradient
   int gradient_stride = 1;
-  float* weight_gradient = nullptr;  // [out / G][in][kernel * kernel][G]
+  float* weight_gradient = nullptr;  // [out / G][in / 16][kernel * kernel][16][G]
 
   int height() const { return gradient.height / gradient_stride; }  // of the pixels summed over
   int width() const { return gradient.width / gradient_stride; }
@@ -80,7 +80,7 @@ void correlate(const Correlation& c) {
   const bool narrow = group < kTileOutputs;
   const int tile_outputs = narrow ? kBlock : kTileOutputs;
   const int tiles = outputs / tile_outputs, blocks = c.input.blocks(), taps = c.kernel * c.kernel;
-  const ptrdiff_t channel_stride = static_cast<ptrdiff_t>(taps) * group;
+  const ptrdiff_t tap_stride = static_cast<ptrdiff_t>(kBlock) * group;
   parallel(blocks * tiles * c.kernel, [&](int task, int) {
     Band b{};
     b.ky = task % c.kernel;
@@ -89,16 +89,16 @@ void correlate(const Correlation& c) {
     b.block = input_block;
     const View& x = part_of(c.input, b.block);
     float* const corner = c.weight_gradient + b.output % group +
-                          (static_cast<ptrdiff_t>(b.output / group) * blocks + input_block) * kBlock * channel_stride;
+                          (static_cast<ptrdiff_t>(b.output / group) * blocks + input_block) * taps * tap_stride;
     for (b.image = 0; b.image < c.gradient.images; ++b.image)
       for (b.first_row = 0; b.first_row < c.height(); b.first_row += kRowsPerBand) {
         b.last_row = smaller(c.height(), b.first_row + kRowsPerBand);
         for (b.kx = 0; b.kx < c.kernel; ++b.kx) {
-          float* const target = corner + (b.ky * c.kernel + b.kx) * group;
+          float* const target = corner + (b.ky * c.kernel + b.kx) * tap_stride;
           if (narrow) {
-            correlate_block<kNarrowVectors>(c, x, b, target, channel_stride);
+            correlate_block<kNarrowVectors>(c, x, b, target, group);
           } else {
-            correlate_block<kTileVectors>(c, x, b, target, channel_stride);
+            correlate_block<kTileVectors>(c, x, b, target, group);
           }
         }
       }

@@ -1,4 +1,4 @@
-// The passes that touch every element once: ReLU mask with bias gradient, SGD with momentum, sums, layout
+// The passes that touch every element once: ReLU mask, bias gradient, SGD with momentum, sums, layout
 // changes. All bound by memory: cost is the bytes named at each. Tested in tests/test_ops.py and
 // tests/test_optim.py.
 #include "../memory.h"
@@ -8,39 +8,46 @@
 namespace fastunet {
 namespace FASTUNET_ISA {
 
-// Reads gradient and output, writes masked: 12 bytes an element. One task owns a block of channels, so that
-// the bias gradient is summed in a fixed order; layers of few channels split their rows into kSlices partial
-// sums.
-void backward_epilogue(const View& gradient, const View& output, const View& masked, float* bias_gradient) {
+// Reads one or two values and writes one: 8 or 12 bytes an element.
+void mask(const View& source, const View& positive, const View& target) {
+  const int blocks = source.blocks();
+  parallel(source.images * blocks * source.height, [&](int task, int) {
+    const int row = task % source.height, block = task / source.height % blocks, image = task / source.height / blocks;
+    const float* x = source.at(image, block, row, 0);
+    float* y = target.at(image, block, row, 0);
+    if (positive.data == nullptr) {
+      for (int i = 0; i < source.width * kBlock; ++i) y[i] = x[i];
+      return;
+    }
+    const float* p = positive.at(image, block, row, 0);
+    for (int i = 0; i < source.width * kBlock; ++i) y[i] = p[i] > 0 ? x[i] : 0.0f;
+  });
+}
+
+// 4 bytes an element. One task owns a block of channels and a slice of the rows, so that all is added in a fixed order.
+void add_pixels(const View& source, float* sum) {
   constexpr int kSlices = 8;
-  const int blocks = gradient.blocks();
+  const int blocks = source.blocks();
   float* const partial = scratch(kPerThread, static_cast<size_t>(blocks) * kSlices * kBlock);
   parallel(blocks * kSlices, [&](int task, int) {
     const int block = task / kSlices, slice = task % kSlices;
     vec sums[kVectors];
     UNROLL
     for (int v = 0; v < kVectors; ++v) sums[v] = vec{};
-    for (int image = 0; image < gradient.images; ++image)
-      for (int row = run_begin(gradient.height, slice, kSlices), end = run_begin(gradient.height, slice + 1, kSlices);
+    for (int image = 0; image < source.images; ++image)
+      for (int row = run_begin(source.height, slice, kSlices), end = run_begin(source.height, slice + 1, kSlices);
            row < end; ++row) {
-        const float* g = gradient.at(image, block, row, 0);
-        const float* y = output.data != nullptr ? output.at(image, block, row, 0) : nullptr;
-        float* m = masked.at(image, block, row, 0);
-        for (int column = 0; column < gradient.width; ++column, g += kBlock, m += kBlock) {
+        const float* x = source.at(image, block, row, 0);
+        for (int column = 0; column < source.width; ++column, x += kBlock) {
           UNROLL
-          for (int v = 0; v < kVectors; ++v) {
-            vec value = load(g + v * kLanes);
-            if (y != nullptr) value = load(y + column * kBlock + v * kLanes) > vec{} ? value : vec{};
-            store(m + v * kLanes, value);
-            sums[v] += value;
-          }
+          for (int v = 0; v < kVectors; ++v) sums[v] += load(x + v * kLanes);
         }
       }
     UNROLL
     for (int v = 0; v < kVectors; ++v) store(partial + task * kBlock + v * kLanes, sums[v]);
   });
   for (int task = 0; task < blocks * kSlices; ++task)
-    for (int i = 0; i < kBlock; ++i) bias_gradient[task / kSlices * kBlock + i] += partial[task * kBlock + i];
+    for (int i = 0; i < kBlock; ++i) sum[task / kSlices * kBlock + i] += partial[task * kBlock + i];
 }
 
 // 20 bytes a parameter.

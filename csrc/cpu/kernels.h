@@ -2,7 +2,7 @@
 // set; dispatch.cpp chooses a table at run time.
 //
 // Activations lie in blocks of 16 channels, [image][channel / 16][row][column][16], channels padded with
-// zeros to a multiple of 16. Weights of a K x K convolution lie as [out / G][in][K * K][G] with G = 32
+// zeros to a multiple of 16. Weights of a K x K convolution lie as [out / G][in / 16][K * K][16][G] with G = 32
 // outputs side by side, or 16 where the padded outputs are no multiple of 32; `in` counts padded channels, of
 // both inputs one after the other where the convolution reads two.
 #pragma once
@@ -40,7 +40,29 @@ struct Channels {
   int blocks() const { return part[0].blocks() + (count == 2 ? part[1].blocks() : 0); }
 };
 
-enum class Algorithm { kAutomatic, kDirect, kWinograd };
+// What a 3x3 convolution makes of the height x width values it computes.
+struct Destination {
+  Channels values;             // all of them, or only their centre
+  int height = 0, width = 0;   // of what is computed
+  const float* bias = nullptr;
+  bool relu = false;
+  View mask[2];                // of each part of `values`: kept where this is above 0, and 0 elsewhere; or none
+  View pooled;                 // where there is one, receives the 2x2 maxima of values after ReLU
+  uint8_t* choice = nullptr;   // and, where wanted, this as maxpool2x2_forward
+
+  Destination(const Channels& values, int height, int width) : values(values), height(height), width(width) {}
+};
+
+// Which of four pixels the maximum is, a byte for each element of the pooled view in its own order; kNoChoice where no
+// gradient goes back, because the maximum is a 0 of ReLU.
+constexpr uint8_t kNoChoice = 4;
+inline ptrdiff_t choice_index(const View& pooled, int image, int block, int row, int column) {
+  return (((static_cast<ptrdiff_t>(image) * pooled.blocks() + block) * pooled.height + row) * pooled.width + column) *
+         kBlock;
+}
+
+// Winograd<T>: tiles of T x T outputs. kAutomatic chooses; kWinograd6 is never chosen, for it loses accuracy.
+enum class Algorithm { kAutomatic, kDirect, kWinograd2, kWinograd4, kWinograd6 };
 
 struct CrossEntropy {
   double loss_sum = 0, weight_sum = 0;  // of weight * -log p, of weight
@@ -50,32 +72,35 @@ struct CrossEntropy {
 struct KernelTable {
   const char* name;
 
-  // output = [relu](conv3x3(input, weight) + bias); output is 2 smaller than input. The parts of the input
-  // have the output's height + 2 and width + 2 (crops are made by the caller).
-  void (*conv3x3_forward)(const Channels& input, const float* weight, const float* bias, bool relu, const View& output,
-                          Algorithm);
-  // input_gradient = the transpose of conv3x3 on `gradient`, a view of the inside of a buffer with a border
-  // of two zero pixels on every side. `weight` is the forward one.
-  void (*conv3x3_backward_data)(const View& gradient, const float* weight, const Channels& input_gradient, Algorithm);
-  // weight_gradient += the correlation of input and gradient, in the weight's layout.
-  void (*conv3x3_backward_weight)(const Channels& input, const View& gradient, float* weight_gradient, Algorithm);
+  // What is computed is 2 smaller than the input, whose parts are equally large (crops are made by the caller).
+  void (*conv3x3_forward)(const Channels& input, const float* weight, const Destination&, Algorithm);
+  // The transpose of conv3x3 on `gradient`, a view of the inside of a buffer with a border of two zero pixels on every
+  // side. `weight` is the forward one.
+  void (*conv3x3_backward_data)(const View& gradient, const float* weight, const Destination&, Algorithm);
+  // weight_gradient += the correlation of input and gradient, in the weight's layout; bias_gradient += the gradient's
+  // sum over images and pixels.
+  void (*conv3x3_backward_weight)(const Channels& input, const View& gradient, float* weight_gradient,
+                                  float* bias_gradient, Algorithm);
 
   // 2x2 stride-2 transposed convolution; output is twice the input.
   void (*upconv2x2_forward)(const View& input, const float* weight, const float* bias, const View& output);
-  void (*upconv2x2_backward_data)(const View& gradient, const float* weight, const View& input_gradient);
+  // The gradient of an input of which `mask`, where it has data, is above 0; 0 elsewhere.
+  void (*upconv2x2_backward_data)(const View& gradient, const float* weight, const View& input_gradient,
+                                  const View& mask);
   void (*upconv2x2_backward_weight)(const View& input, const View& gradient, float* weight_gradient);
 
   void (*conv1x1_forward)(const View& input, const float* weight, const float* bias, const View& output);
-  void (*conv1x1_backward_data)(const View& gradient, const float* weight, const View& input_gradient);
+  void (*conv1x1_backward_data)(const View& gradient, const float* weight, const View& input_gradient,
+                                const View& mask);
   void (*conv1x1_backward_weight)(const View& input, const View& gradient, float* weight_gradient);
 
-  // masked = gradient where output > 0 else 0 (output.data null: a plain copy; masked may be gradient
-  // itself), and bias_gradient += its sum over images and pixels.
-  void (*backward_epilogue)(const View& gradient, const View& output, const View& masked, float* bias_gradient);
+  // target = source where positive > 0 else 0 (positive.data null: a plain copy; target may be source itself).
+  void (*mask)(const View& source, const View& positive, const View& target);
+  void (*add_pixels)(const View& source, float* sum);  // sum[channel] += the sum over images and pixels
 
-  // output = the largest of each 2x2; choice = which (0..3 in reading order, the first on ties), a byte per
-  // element.
-  void (*maxpool2x2_forward)(const View& input, const View& output, uint8_t* choice);
+  // output = the largest of each 2x2; choice, where not null, = which (0..3 in reading order, the first on ties);
+  // kNoChoice where `rectified` and the largest is not above 0.
+  void (*maxpool2x2_forward)(const View& input, bool rectified, const View& output, uint8_t* choice);
   // input_gradient = gradient at the choice, 0 elsewhere, a last odd row or column included.
   void (*maxpool2x2_backward)(const View& gradient, const uint8_t* choice, const View& input_gradient);
 

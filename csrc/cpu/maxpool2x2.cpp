@@ -10,27 +10,23 @@
 namespace fastunet {
 namespace FASTUNET_ISA {
 
-void maxpool2x2_forward(const View& input, const View& output, uint8_t* choice) {
+void maxpool2x2_forward(const View& input, bool rectified, const View& output, uint8_t* choice) {
   const int blocks = output.blocks();
   parallel(output.images * blocks * output.height, [&](int task, int) {
     const int row = task % output.height, block = task / output.height % blocks, image = task / output.height / blocks;
     const float* x = input.at(image, block, 2 * row, 0);
     float* y = output.at(image, block, row, 0);
-    uint8_t* which = choice + static_cast<ptrdiff_t>(task) * output.width * kBlock;
-    for (int column = 0; column < output.width; ++column, x += 2 * kBlock, y += kBlock, which += kBlock) {
+    uint8_t* which = choice != nullptr ? choice + choice_index(output, image, block, row, 0) : nullptr;
+    for (int column = 0; column < output.width; ++column, x += 2 * kBlock, y += kBlock) {
       const float* below = x + input.row_stride;
       for (int i = 0; i < kBlock; i += kLanes) {
-        const vec rivals[] = {load(x + kBlock + i), load(below + i), load(below + kBlock + i)};
-        vec best = load(x + i);
-        int_vec index{};
-        UNROLL
-        for (int rival = 0; rival < 3; ++rival) {
-          const int_vec wins = (rivals[rival] > best) | (rivals[rival] != rivals[rival]);
-          index = wins ? int_vec{} + (rival + 1) : index;
-          best = wins ? rivals[rival] : best;
-        }
+        int_vec index;
+        const vec best =
+            largest_of_four(load(x + i), load(x + kBlock + i), load(below + i), load(below + kBlock + i), index);
         store(y + i, best);
-        *reinterpret_cast<byte_vec*>(which + i) = __builtin_convertvector(index, byte_vec);
+        if (rectified) index = best > vec{} ? index : int_vec{} + kNoChoice;
+        if (which != nullptr)
+          *reinterpret_cast<byte_vec*>(which + column * kBlock + i) = __builtin_convertvector(index, byte_vec);
       }
     }
   });

@@ -40,6 +40,19 @@ INLINE vec broadcast(float x) { return x - vec{}; }
 // A value that is no number stays so.
 INLINE vec maximum(vec value, vec bound) { return bound > value ? bound : value; }
 
+// The largest of four values and which it was: the first on ties, a value that is no number over any other, as PyTorch.
+INLINE vec largest_of_four(vec best, vec second, vec third, vec fourth, int_vec& which) {
+  const vec rivals[] = {second, third, fourth};
+  which = int_vec{};
+  UNROLL
+  for (int rival = 0; rival < 3; ++rival) {
+    const int_vec wins = (rivals[rival] > best) | (rivals[rival] != rivals[rival]);
+    which = wins ? int_vec{} + (rival + 1) : which;
+    best = wins ? rivals[rival] : best;
+  }
+  return best;
+}
+
 INLINE int smaller(int a, int b) { return a < b ? a : b; }
 INLINE int larger(int a, int b) { return a > b ? a : b; }
 INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }

@@ -7,17 +7,18 @@
 namespace fastunet {
 namespace FASTUNET_ISA {
 
-void conv3x3_forward(const Channels&, const float*, const float*, bool, const View&, Algorithm);
-void conv3x3_backward_data(const View&, const float*, const Channels&, Algorithm);
-void conv3x3_backward_weight(const Channels&, const View&, float*, Algorithm);
+void conv3x3_forward(const Channels&, const float*, const Destination&, Algorithm);
+void conv3x3_backward_data(const View&, const float*, const Destination&, Algorithm);
+void conv3x3_backward_weight(const Channels&, const View&, float*, float*, Algorithm);
 void upconv2x2_forward(const View&, const float*, const float*, const View&);
-void upconv2x2_backward_data(const View&, const float*, const View&);
+void upconv2x2_backward_data(const View&, const float*, const View&, const View&);
 void upconv2x2_backward_weight(const View&, const View&, float*);
 void conv1x1_forward(const View&, const float*, const float*, const View&);
-void conv1x1_backward_data(const View&, const float*, const View&);
+void conv1x1_backward_data(const View&, const float*, const View&, const View&);
 void conv1x1_backward_weight(const View&, const View&, float*);
-void backward_epilogue(const View&, const View&, const View&, float*);
-void maxpool2x2_forward(const View&, const View&, uint8_t*);
+void mask(const View&, const View&, const View&);
+void add_pixels(const View&, float*);
+void maxpool2x2_forward(const View&, bool, const View&, uint8_t*);
 void maxpool2x2_backward(const View&, const uint8_t*, const View&);
 CrossEntropy softmax_cross_entropy(const View&, const int32_t*, const float*, const View&);
 void softmax(const View&, const View&);

@@ -24,13 +24,15 @@ View every_other_pixel(const View& view, int ky, int kx) {
 }
 
 // A kernel as wide as its stride: each input pixel's gradient gathers the kernel x kernel pixels it went to.
-void backward_data(const View& gradient, const float* weight, const View& input_gradient, int kernel) {
+void backward_data(const View& gradient, const float* weight, const View& input_gradient, const View& mask,
+                   int kernel) {
   const int inputs = input_gradient.blocks() * kBlock, outputs = gradient.blocks() * kBlock, taps = kernel * kernel;
   float* const transposed = scratch(kTransposed, static_cast<size_t>(inputs) * outputs * taps);
   transpose_weight(weight, inputs, outputs, taps, false, transposed);
   Convolution c{Channels{{gradient}}, transposed, Channels{{input_gradient}}};
   c.kernel = c.stride = kernel;
   c.taps = taps;
+  c.mask = mask;
   convolve(c);
 }
 
@@ -58,8 +60,8 @@ void upconv2x2_forward(const View& input, const float* weight, const float* bias
   }
 }
 
-void upconv2x2_backward_data(const View& gradient, const float* weight, const View& input_gradient) {
-  backward_data(gradient, weight, input_gradient, 2);
+void upconv2x2_backward_data(const View& gradient, const float* weight, const View& input_gradient, const View& mask) {
+  backward_data(gradient, weight, input_gradient, mask, 2);
 }
 
 void upconv2x2_backward_weight(const View& input, const View& gradient, float* weight_gradient) {
@@ -73,8 +75,8 @@ void conv1x1_forward(const View& input, const float* weight, const float* bias, 
   convolve(c);
 }
 
-void conv1x1_backward_data(const View& gradient, const float* weight, const View& input_gradient) {
-  backward_data(gradient, weight, input_gradient, 1);
+void conv1x1_backward_data(const View& gradient, const float* weight, const View& input_gradient, const View& mask) {
+  backward_data(gradient, weight, input_gradient, mask, 1);
 }
 
 void conv1x1_backward_weight(const View& input, const View& gradient, float* weight_gradient) {

@@ -1,9 +1,10 @@
-// Winograd weight gradient: dg = G^T [ sum over tiles of (B^T d B) (A dY A^T) ] G, for each pair of a block of 16
-// inputs and a group of outputs. Two schedules, both adding in an order that does not depend on the number of threads:
-// - layers of few channels are cut into slots of tiles; the thread that takes a slot transforms a run of tiles at a
-//   time into its L2 and adds all products to the slot's own sums, which are added up and transformed back at the end;
-// - layers of many channels share the transformed tiles of a long run through L3, and a thread sums all of a pair at
-//   once.
+// Winograd weight gradient: dg = G^T [ sum over tiles of (B^T d B) (A dY A^T) ] G. Two schedules, both adding in an
+// order that does not depend on the number of threads:
+// - layers of few channels are cut into slots of patches; the thread that takes a slot transforms a patch at a time and
+//   adds all products to the slot's own sums, which are added up and transformed back at the end;
+// - layers of many channels share the transformed tiles of a large patch through L3, and a task sums all of a chunk of
+//   inputs and a group of outputs at once.
+// The bias gradient is summed from the pixels as they are transformed.
 #pragma once
 
 #include "../memory.h"
@@ -13,15 +14,23 @@
 namespace fastunet {
 namespace {
 
-// target[in][out] += sum over tiles of v[tile][in] * d[tile][out]
+// target[in][out] = or += sum over tiles of v[tile][in] * d[tile][out]
 template <int CHANNELS, int VECTORS>
-void multiply_transposed(const float* v, const float* d, ptrdiff_t d_block_stride, int tiles, float* target,
-                         int group) {
+void multiply_transposed(const float* v, const float* d, ptrdiff_t d_block_stride, int tiles, float* target, int group,
+                         bool add) {
   vec sums[CHANNELS][VECTORS];
-  UNROLL
-  for (int i = 0; i < CHANNELS; ++i) {
+  if (add) {
     UNROLL
-    for (int o = 0; o < VECTORS; ++o) sums[i][o] = load(target + i * group + o * kLanes);
+    for (int i = 0; i < CHANNELS; ++i) {
+      UNROLL
+      for (int o = 0; o < VECTORS; ++o) sums[i][o] = load(target + i * group + o * kLanes);
+    }
+  } else {
+    UNROLL
+    for (int i = 0; i < CHANNELS; ++i) {
+      UNROLL
+      for (int o = 0; o < VECTORS; ++o) sums[i][o] = vec{};
+    }
   }
   outer_product(sums, v, kBlock, d, kBlock, d_block_stride, tiles);
   UNROLL
@@ -31,124 +40,165 @@ void multiply_transposed(const float* v, const float* d, ptrdiff_t d_block_strid
   }
 }
 
+template <int T>
 struct WinogradBackwardWeight {
+  using W = Winograd<T>;
   const Channels& input;
   const View& gradient;
-  Tiling tiling;
   int group, in_blocks, out_blocks;
 
-  int pairs() const { return out_blocks * kBlock / group * in_blocks; }
-  ptrdiff_t pair_floats() const { return static_cast<ptrdiff_t>(kFrequencies) * kBlock * group; }
+  WinogradBackwardWeight(const Channels& input, const View& gradient)
+      : input(input),
+        gradient(gradient),
+        group(group_width(gradient.channels)),
+        in_blocks(input.blocks()),
+        out_blocks(gradient.blocks()) {}
 
-  // Block `block` of the inputs into v, or, counting on, of the gradient into d: `tiles` tiles from `first` on.
-  void transform_block(int block, int first, int tiles, float* v, float* d) const {
+  int groups() const { return out_blocks * kBlock / group; }
+  ptrdiff_t v_stride(int tiles) const { return plane_stride(static_cast<ptrdiff_t>(tiles) * in_blocks * kBlock); }
+  ptrdiff_t d_stride(int tiles) const { return plane_stride(static_cast<ptrdiff_t>(tiles) * out_blocks * kBlock); }
+  ptrdiff_t sums_stride(int blocks) const { return plane_stride(static_cast<ptrdiff_t>(blocks) * kBlock * group); }
+  size_t tile_bytes() const { return size_t{W::kFrequencies} * (in_blocks + out_blocks) * kBlock * sizeof(float); }
+
+  // Block `block` of the inputs into v, or, counting on, of the gradient into d, whose sum is added to bias_gradient.
+  void transform_block(const Patch& patch, int block, float* v, float* d, float* bias_gradient) const {
+    const int tiles = patch.count();
     if (block < in_blocks) {
-      float* const target = v + static_cast<ptrdiff_t>(block) * tiles * kBlock;
-      const View& x = part_of(input, block);
-      transform_tiles<kFootprint, transform_input_line>(x, block, tiling, first, tiles, target,
-                                                        frequency_stride(in_blocks, tiles));
+      int of_part = block;
+      const View& x = part_of(input, of_part);
+      transform_tiles<T, W::kFootprint, W::input_pair>(x, of_part, patch, tiles, in_blocks, block, v, v_stride(tiles));
     } else {
       block -= in_blocks;
-      float* const target = d + static_cast<ptrdiff_t>(block) * tiles * kBlock;
-      transform_tiles<kTile, transform_gradient_line>(gradient, block, tiling, first, tiles, target,
-                                                      frequency_stride(out_blocks, tiles));
+      transform_tiles<T, T, W::gradient_pair>(gradient, block, patch, tiles, out_blocks, block, d, d_stride(tiles));
+      add_pixels(patch, block, bias_gradient + block * kBlock);
     }
   }
 
-  // sums [frequency][16 inputs][group] += the products of a run's v and d
-  void add_products(int pair, const float* v, const float* d, int tiles, float* sums) const {
-    const int index = pair / in_blocks, block = pair % in_blocks;
+  void add_pixels(const Patch& patch, int block, float* sum) const {
+    vec sums[kVectors];
+    UNROLL
+    for (int v = 0; v < kVectors; ++v) sums[v] = load(sum + v * kLanes);
+    const int bottom = smaller(gradient.height, (patch.row + patch.rows) * T);
+    const int right = smaller(gradient.width, (patch.column + patch.columns) * T);
+    for (int row = patch.row * T; row < bottom; ++row) {
+      const float* g = gradient.at(patch.image, block, row, patch.column * T);
+      for (int column = patch.column * T; column < right; ++column, g += kBlock) {
+        UNROLL
+        for (int v = 0; v < kVectors; ++v) sums[v] += load(g + v * kLanes);
+      }
+    }
+    UNROLL
+    for (int v = 0; v < kVectors; ++v) store(sum + v * kLanes, sums[v]);
+  }
+
+  // sums: planes of [`blocks` * 16 inputs][group] = or += the products of a patch's v and d
+  void multiply_group(int index, int first_block, int blocks, const float* v, const float* d, int tiles, float* sums,
+                      bool add) const {
     const bool narrow = group < kTileOutputs;
     const int tile_outputs = narrow ? kBlock : kTileOutputs;
     const ptrdiff_t block_floats = static_cast<ptrdiff_t>(tiles) * kBlock;
-    for (int frequency = 0; frequency < kFrequencies; ++frequency)
+    const auto multiply =
+        narrow ? multiply_transposed<kOuterChannels, kNarrowVectors> : multiply_transposed<kOuterChannels, kTileVectors>;
+    for (int frequency = 0; frequency < W::kFrequencies; ++frequency)
       for (int output = 0; output < group; output += tile_outputs) {
-        const float* const x = v + frequency * frequency_stride(in_blocks, tiles) + block * block_floats;
-        const float* const g =
-            d + frequency * frequency_stride(out_blocks, tiles) + (index * group + output) / kBlock * block_floats;
-        float* const target = sums + static_cast<ptrdiff_t>(frequency) * kBlock * group + output;
-        for (int channel = 0; channel < kBlock; channel += kOuterChannels) {
-          const auto multiply = narrow ? multiply_transposed<kOuterChannels, kNarrowVectors>
-                                       : multiply_transposed<kOuterChannels, kTileVectors>;
-          multiply(x + channel, g, block_floats, tiles, target + channel * group, group);
-        }
+        const float* const x = v + frequency * v_stride(tiles) + first_block * block_floats;
+        const float* const g = d + frequency * d_stride(tiles) + (index * group + output) / kBlock * block_floats;
+        float* const target = sums + frequency * sums_stride(blocks) + output;
+        for (int channel = 0; channel < blocks * kBlock; channel += kOuterChannels)
+          multiply(x + channel / kBlock * block_floats + channel % kBlock, g, block_floats, tiles,
+                   target + static_cast<ptrdiff_t>(channel) * group, group, add);
       }
   }
 
   // weight_gradient += G^T sums G
-  void add_transformed_back(int pair, const float* sums, float* weight_gradient) const {
-    float* target = weight_gradient + static_cast<ptrdiff_t>(pair) * kBlock * 9 * group;
-    const ptrdiff_t stride = static_cast<ptrdiff_t>(kBlock) * group;
-    for (int channel = 0; channel < kBlock; ++channel, target += 9 * group)
-      for (int output = 0; output < group; output += kLanes)
-        transform<kFootprint, 3, transform_weight_gradient_line>(
-            sums + channel * group + output, kFootprint * stride, stride, [&](int r, int c, vec value) {
-              float* const p = target + (r * 3 + c) * group + output;
-              store(p, load(p) + value);
-            });
+  void add_transformed_back(int index, int first_block, int blocks, const float* sums, float* weight_gradient) const {
+    const int tap_stride = kBlock * group;
+    float* target = weight_gradient + (static_cast<ptrdiff_t>(index) * in_blocks + first_block) * 9 * tap_stride;
+    const ptrdiff_t stride = sums_stride(blocks);
+    for (int block = 0; block < blocks; ++block, target += 9 * tap_stride, sums += tap_stride)
+      for (int i = 0; i < tap_stride; i += kLanes) {
+        vec values[3][3];
+        contract<T, 3, W::weight_gradient_line>(sums + i, stride, values);
+        UNROLL
+        for (int tap = 0; tap < 9; ++tap) {
+          float* const p = target + tap * tap_stride + i;
+          store(p, load(p) + values[tap / 3][tap % 3]);
+        }
+      }
   }
 };
 
 constexpr int kMostSlots = 64, kFewestSlots = 4;
 constexpr int kFewestSlotTiles = 24;                      // below, clearing and adding up the slots' sums would show
 constexpr size_t kSlotsLimit = size_t{16} << 20;          // the sums of all slots together
-constexpr size_t kPrivateRunLimit = size_t{600} << 10;    // V and D of a thread's run in its L2
-constexpr size_t kGradientTilesLimit = size_t{12} << 20;  // V and D of a shared run in L3
-constexpr int kFewestGradientTiles = 160;                 // of a shared run: below, transforming back would show
+constexpr size_t kPrivateRunLimit = size_t{1200} << 10;   // V and D of a thread's patch
+constexpr size_t kGradientTilesLimit = size_t{12} << 20;  // V and D of a shared patch in L3
+constexpr int kFewestGradientTiles = 160;                 // of a shared patch: below, transforming back would show
+constexpr int kChunkBlocks = 4;                           // of inputs: a chunk's sums stay in L2
 
-void winograd_backward_weight(const Channels& input, const View& gradient, float* weight_gradient) {
-  const int in_blocks = input.blocks(), out_blocks = gradient.blocks(), blocks = in_blocks + out_blocks;
-  const WinogradBackwardWeight conv{
-      input,     gradient,  Tiling(gradient.images, gradient.height, gradient.width), group_width(gradient.channels),
-      in_blocks, out_blocks};
-  const int count = conv.tiling.count, pairs = conv.pairs();
-  const ptrdiff_t pair_floats = conv.pair_floats(), slot_floats = pairs * pair_floats;
-  const size_t tile_bytes = size_t{kFrequencies} * blocks * kBlock * sizeof(float);
+template <int T>
+void winograd_backward_weight(const Channels& input, const View& gradient, float* weight_gradient,
+                              float* bias_gradient) {
+  using W = Winograd<T>;
+  const WinogradBackwardWeight<T> conv(input, gradient);
+  const int in_blocks = conv.in_blocks, out_blocks = conv.out_blocks, blocks = in_blocks + out_blocks;
+  const int groups = conv.groups(), outputs = out_blocks * kBlock;
+  const ptrdiff_t group_floats = W::kFrequencies * conv.sums_stride(in_blocks), sums_floats = groups * group_floats;
+  const int count = gradient.images * ceil_div(gradient.height, T) * ceil_div(gradient.width, T);
 
   const int slots = smaller(smaller(kMostSlots, count / kFewestSlotTiles),
-                            static_cast<int>(kSlotsLimit / (slot_floats * sizeof(float))));
+                            static_cast<int>(kSlotsLimit / (sums_floats * sizeof(float))));
   if (slots >= kFewestSlots) {
-    const int limit = larger(8, static_cast<int>(kPrivateRunLimit / tile_bytes));
-    const int runs = larger(slots, ceil_div(count, limit)), most = ceil_div(count, runs);
-    const ptrdiff_t v_floats = kFrequencies * frequency_stride(in_blocks, most);
-    const ptrdiff_t thread_floats = v_floats + kFrequencies * frequency_stride(out_blocks, most);
+    const int most = larger(8, static_cast<int>(kPrivateRunLimit / conv.tile_bytes()));
+    const Tiling tiling(T, gradient.images, gradient.height, gradient.width, smaller(most, count / slots), kTilePixels);
+    const ptrdiff_t v_floats = W::kFrequencies * conv.v_stride(tiling.most_tiles());
+    const ptrdiff_t thread_floats = v_floats + W::kFrequencies * conv.d_stride(tiling.most_tiles());
     float* const threads = scratch(kPerThread, thread_floats * thread_count());
+    const ptrdiff_t slot_floats = sums_floats + outputs;  // the bias gradient behind
     float* const slot_sums = scratch(kGradientTiles, slots * slot_floats);
     parallel(slots, [&](int slot, int thread) {
       float* const sums = slot_sums + slot * slot_floats;
       float* const v = threads + thread * thread_floats;
       float* const d = v + v_floats;
-      for (ptrdiff_t i = 0; i < slot_floats; ++i) sums[i] = 0;
-      for (int run = run_begin(runs, slot, slots); run < run_begin(runs, slot + 1, slots); ++run) {
-        const int first = run_begin(count, run, runs), tiles = run_begin(count, run + 1, runs) - first;
-        for (int block = 0; block < blocks; ++block) conv.transform_block(block, first, tiles, v, d);
-        for (int pair = 0; pair < pairs; ++pair) conv.add_products(pair, v, d, tiles, sums + pair * pair_floats);
+      for (int i = 0; i < outputs; ++i) sums[sums_floats + i] = 0;
+      const int first = run_begin(tiling.patches(), slot, slots), last = run_begin(tiling.patches(), slot + 1, slots);
+      if (first == last)
+        for (ptrdiff_t i = 0; i < sums_floats; ++i) sums[i] = 0;
+      for (int index = first; index < last; ++index) {
+        const Patch patch = tiling[index];
+        for (int block = 0; block < blocks; ++block) conv.transform_block(patch, block, v, d, sums + sums_floats);
+        for (int g = 0; g < groups; ++g)
+          conv.multiply_group(g, 0, in_blocks, v, d, patch.count(), sums + g * group_floats, index > first);
       }
     });
-    constexpr int kChunk = 4096;
-    parallel(ceil_div(static_cast<int>(slot_floats), kChunk), [&](int task, int) {
-      const ptrdiff_t begin = static_cast<ptrdiff_t>(task) * kChunk;
-      const ptrdiff_t end = begin + kChunk < slot_floats ? begin + kChunk : slot_floats;
+    constexpr int kPiece = 4096;
+    parallel(ceil_div(static_cast<int>(slot_floats), kPiece), [&](int task, int) {
+      const ptrdiff_t begin = static_cast<ptrdiff_t>(task) * kPiece;
+      const ptrdiff_t end = begin + kPiece < slot_floats ? begin + kPiece : slot_floats;
       for (int slot = 1; slot < slots; ++slot)
         for (ptrdiff_t i = begin; i < end; ++i) slot_sums[i] += slot_sums[slot * slot_floats + i];
     });
-    parallel(pairs,
-             [&](int pair, int) { conv.add_transformed_back(pair, slot_sums + pair * pair_floats, weight_gradient); });
+    parallel(groups, [&](int g, int) {
+      conv.add_transformed_back(g, 0, in_blocks, slot_sums + g * group_floats, weight_gradient);
+    });
+    for (int i = 0; i < outputs; ++i) bias_gradient[i] += slot_sums[sums_floats + i];
     return;
   }
-  const int limit = larger(kFewestGradientTiles, static_cast<int>(kGradientTilesLimit / tile_bytes));
-  const int runs = ceil_div(count, limit), most = ceil_div(count, runs);
-  float* const v = scratch(kInputTiles, kFrequencies * frequency_stride(in_blocks, most));
-  float* const d = scratch(kGradientTiles, kFrequencies * frequency_stride(out_blocks, most));
-  float* const threads = scratch(kPerThread, pair_floats * thread_count());
-  for (int run = 0; run < runs; ++run) {
-    const int first = run_begin(count, run, runs), tiles = run_begin(count, run + 1, runs) - first;
-    parallel(blocks, [&](int block, int) { conv.transform_block(block, first, tiles, v, d); });
-    parallel(pairs, [&](int pair, int thread) {
-      float* const sums = threads + thread * pair_floats;
-      for (ptrdiff_t i = 0; i < pair_floats; ++i) sums[i] = 0;
-      conv.add_products(pair, v, d, tiles, sums);
-      conv.add_transformed_back(pair, sums, weight_gradient);
+  const int most = larger(kFewestGradientTiles, static_cast<int>(kGradientTilesLimit / conv.tile_bytes()));
+  const Tiling tiling(T, gradient.images, gradient.height, gradient.width, most, most);
+  float* const v = scratch(kInputTiles, W::kFrequencies * conv.v_stride(tiling.most_tiles()));
+  float* const d = scratch(kGradientTiles, W::kFrequencies * conv.d_stride(tiling.most_tiles()));
+  const ptrdiff_t thread_floats = W::kFrequencies * conv.sums_stride(kChunkBlocks);
+  float* const threads = scratch(kPerThread, thread_floats * thread_count());
+  const int chunks = ceil_div(in_blocks, kChunkBlocks);
+  for (int index = 0; index < tiling.patches(); ++index) {
+    const Patch patch = tiling[index];
+    parallel(blocks, [&](int block, int) { conv.transform_block(patch, block, v, d, bias_gradient); });
+    parallel(chunks * groups, [&](int task, int thread) {
+      float* const sums = threads + thread * thread_floats;
+      const int g = task % groups, first = task / groups * kChunkBlocks, of_chunk = smaller(kChunkBlocks, in_blocks - first);
+      conv.multiply_group(g, first, of_chunk, v, d, patch.count(), sums, false);
+      conv.add_transformed_back(g, first, of_chunk, sums, weight_gradient);
     });
   }
 }

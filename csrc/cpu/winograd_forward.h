@@ -1,179 +1,211 @@
-// Winograd convolution forward: V = B^T d B, then M = U V for each of the 36 frequencies, then Y = A^T M A. The data
-// gradient is the same with other weights. Two schedules: shallow layers give each thread runs of tiles whose V and M
-// stay in its L2 while all share the transformed weights; deep layers share V through L3, and each thread takes groups
-// of outputs and transforms their weights as it goes.
+// Winograd convolution forward: V = B^T d B, then M = U V for each frequency, then Y = A^T M A. The data gradient is the
+// same with other weights. Two schedules: where the transformed weights stay in L3, each thread takes patches of tiles
+// whose V and M stay in its L2; deep layers share V through L3, and a thread takes groups of outputs and transforms
+// their weights as it goes, a slab of inputs at a time, which stays in its L2.
 #pragma once
 
 #include "../memory.h"
+#include "destination.h"
 #include "micro_kernels.h"
 #include "winograd_tiles.h"
 
 namespace fastunet {
 namespace {
 
-// U of `inputs` channels of one group of outputs: [in][9][group] -> [frequency][in][group], frequencies
-// stride apart.
-void transform_weights(const float* weight, int inputs, int group, float* transformed, ptrdiff_t stride) {
-  for (int input = 0; input < inputs; ++input, weight += 9 * group, transformed += group)
-    for (int output = 0; output < group; output += kLanes)
-      transform<3, kFootprint, transform_weight_line>(weight + output, 3 * group, group, [&](int r, int c, vec value) {
-        store(transformed + (r * kFootprint + c) * stride + output, value);
-      });
+// U of `blocks` blocks of inputs of one group of outputs: [block][9][16][group] -> planes of [block][16][group].
+template <int T>
+void transform_weights(const float* weight, int blocks, int group, float* transformed, ptrdiff_t stride) {
+  const int tap_stride = kBlock * group;
+  for (int block = 0; block < blocks; ++block, weight += 9 * tap_stride, transformed += tap_stride)
+    for (int i = 0; i < tap_stride; i += kLanes)
+      expand<T, 3, Winograd<T>::weight_pair>(weight + i, 3 * tap_stride, tap_stride, transformed + i, stride);
 }
 
-template <int PIXELS, int VECTORS>
-INLINE void multiply_tiles(const float* v, int blocks, ptrdiff_t block_stride, const float* u, int group, float* m) {
-  vec sums[PIXELS][VECTORS];
-  UNROLL
-  for (int p = 0; p < PIXELS; ++p) {
-    UNROLL
-    for (int i = 0; i < VECTORS; ++i) sums[p][i] = vec{};
-  }
-  for (int block = 0; block < blocks; ++block, v += block_stride, u += kBlock * group)
-    multiply(sums, v, kBlock, u, group, kBlock);
-  UNROLL
-  for (int p = 0; p < PIXELS; ++p) {
-    UNROLL
-    for (int i = 0; i < VECTORS; ++i) store(m + p * group + i * kLanes, sums[p][i]);
-  }
-}
-
+// m[tile][output] = or += the sum over blocks of channels of v[block][tile][16] * u[channel][output]
 template <int VECTORS>
 struct MultiplyTiles {
-  template <int PIXELS>
-  static void run(const float* v, int blocks, ptrdiff_t block_stride, const float* u, int group, float* m) {
-    multiply_tiles<PIXELS, VECTORS>(v, blocks, block_stride, u, group, m);
+  template <int TILES>
+  static void run(const float* v, int blocks, const float* u, int group, float* m, bool add) {
+    vec sums[TILES][VECTORS];
+    if (add) {
+      UNROLL
+      for (int t = 0; t < TILES; ++t) {
+        UNROLL
+        for (int i = 0; i < VECTORS; ++i) sums[t][i] = load(m + t * group + i * kLanes);
+      }
+    } else {
+      UNROLL
+      for (int t = 0; t < TILES; ++t) {
+        UNROLL
+        for (int i = 0; i < VECTORS; ++i) sums[t][i] = vec{};
+      }
+    }
+    for (int block = 0; block < blocks; ++block, v += TILES * kBlock, u += kBlock * group)
+      multiply(sums, v, kBlock, u, group, kBlock);
+    UNROLL
+    for (int t = 0; t < TILES; ++t) {
+      UNROLL
+      for (int i = 0; i < VECTORS; ++i) store(m + t * group + i * kLanes, sums[t][i]);
+    }
   }
 };
 
+template <int T>
 struct WinogradForward {
+  using W = Winograd<T>;
   const Channels& input;
-  const Channels& output;
-  const float* bias;
-  bool relu;
-  Tiling tiling;
-  int group, in_blocks;
+  const float* weight;
+  const TileWriter<T> writer;
+  int outputs, group, in_blocks;
 
-  // M of one group of outputs for `tiles` tiles: [frequency][tile][group]
-  void multiply_group(const float* v, ptrdiff_t v_stride, int tiles, const float* u, float* m) const {
+  WinogradForward(const Channels& input, const float* weight, const Destination& to)
+      : input(input),
+        weight(weight),
+        writer(to),
+        outputs(to.values.blocks() * kBlock),
+        group(group_width(outputs)),
+        in_blocks(input.blocks()) {}
+
+  int inputs() const { return in_blocks * kBlock; }
+  int groups() const { return outputs / group; }
+  bool narrow() const { return group < kTileOutputs; }
+  int panel() const { return narrow() ? kNarrowPixels : kTilePixels; }
+  const float* group_weight(int index, int block) const {
+    return weight + (static_cast<ptrdiff_t>(index) * inputs() + block * kBlock) * 9 * group;
+  }
+  ptrdiff_t v_stride(int tiles) const { return plane_stride(static_cast<ptrdiff_t>(tiles) * inputs()); }
+  ptrdiff_t m_stride(int tiles) const { return plane_stride(static_cast<ptrdiff_t>(tiles) * group); }
+  ptrdiff_t u_stride(int blocks) const { return plane_stride(static_cast<ptrdiff_t>(blocks) * kBlock * group); }
+
+  void transform_inputs(const Patch& patch, int block, float* v) const {
+    int of_part = block;
+    const View& x = part_of(input, of_part);
+    transform_tiles<T, W::kFootprint, W::input_pair>(x, of_part, patch, panel(), in_blocks, block, v,
+                                                     v_stride(patch.count()));
+  }
+
+  // Planes of [tile][group] for one group of outputs, of `blocks` blocks of inputs from first_block on.
+  template <class Between>
+  void multiply_group(const float* v, int tiles, int first_block, int blocks, const float* u, float* m,
+                      const Between& between) const {
     static constexpr ByPixels<MultiplyTiles<kTileVectors>, kTilePixels> wide_tiles;
     static constexpr ByPixels<MultiplyTiles<kNarrowVectors>, kNarrowPixels> narrow_tiles;
-    const bool narrow = group < kTileOutputs;
-    const int tile_outputs = narrow ? kBlock : kTileOutputs;
-    const int pieces = ceil_div(tiles, narrow ? kNarrowPixels : kTilePixels);
-    for (int frequency = 0; frequency < kFrequencies; ++frequency)
-      for (int piece = 0; piece < pieces; ++piece) {
-        const int begin = run_begin(tiles, piece, pieces), pixels = run_begin(tiles, piece + 1, pieces) - begin;
-        const auto multiply = narrow ? narrow_tiles[pixels] : wide_tiles[pixels];
-        for (int output_channel = 0; output_channel < group; output_channel += tile_outputs)
-          multiply(v + frequency * v_stride + begin * kBlock, in_blocks, static_cast<ptrdiff_t>(tiles) * kBlock,
-                   u + static_cast<ptrdiff_t>(frequency) * in_blocks * kBlock * group + output_channel, group,
-                   m + frequency * m_stride(tiles) + static_cast<ptrdiff_t>(begin) * group + output_channel);
+    const int tile_outputs = narrow() ? kBlock : kTileOutputs, panels = ceil_div(tiles, panel());
+    for (int frequency = 0; frequency < W::kFrequencies; ++frequency)
+      for (int p = 0; p < panels; ++p) {
+        const int begin = run_begin(tiles, p, panels), count = run_begin(tiles, p + 1, panels) - begin;
+        const auto multiply = narrow() ? narrow_tiles[count] : wide_tiles[count];
+        const float* const x = v + frequency * v_stride(tiles) + static_cast<ptrdiff_t>(begin) * inputs() +
+                               static_cast<ptrdiff_t>(first_block) * count * kBlock;
+        between();
+        for (int output = 0; output < group; output += tile_outputs)
+          multiply(x, blocks, u + frequency * u_stride(blocks) + output, group,
+                   m + frequency * m_stride(tiles) + static_cast<ptrdiff_t>(begin) * group + output, first_block > 0);
       }
   }
 
-  ptrdiff_t m_stride(int tiles) const { return frequency_stride(group / kBlock, tiles); }
-
-  void transform_inputs(int first, int tiles, int block, float* v, ptrdiff_t stride) const {
-    float* target = v + static_cast<ptrdiff_t>(block) * tiles * kBlock;
-    const View& x = part_of(input, block);
-    transform_tiles<kFootprint, transform_input_line>(x, block, tiling, first, tiles, target, stride);
-  }
-
-  void transform_outputs(int first, int tiles, int group_index, const float* m) const {
+  void transform_outputs(const Patch& patch, int group_index, const float* m) const {
+    const ptrdiff_t stride = m_stride(patch.count());
     for (int channel = 0; channel < group; channel += kLanes) {
-      const int output_channel = group_index * group + channel;
-      int block = output_channel / kBlock;
-      const View& y = part_of(output, block);
-      const vec start = bias != nullptr ? load(bias + output_channel) : vec{};
-      const vec floor = relu ? vec{} : broadcast(-__builtin_inff());
-      const ptrdiff_t stride = m_stride(tiles);
-      for (int tile = 0; tile < tiles; ++tile) {
-        int image, row, column;
-        tiling.locate(first + tile, image, row, column);
-        float* const target = y.at(image, block, row, column) + channel % kBlock;
-        const float* const source = m + static_cast<ptrdiff_t>(tile) * group + channel;
-        const int rows = tiling.height - row, columns = tiling.width - column;
-        if (rows >= kTile && columns >= kTile) {
-          transform<kFootprint, kTile, transform_output_line>(
-              source, kFootprint * stride, stride, [&](int r, int c, vec value) {
-                store(target + r * y.row_stride + c * kBlock, maximum(value + start, floor));
-              });
-        } else {
-          transform<kFootprint, kTile, transform_output_line>(
-              source, kFootprint * stride, stride, [&](int r, int c, vec value) {
-                if (r < rows && c < columns)
-                  store(target + r * y.row_stride + c * kBlock, maximum(value + start, floor));
-              });
+      const float* source = m + channel;
+      for (int row = 0; row < patch.rows; ++row)
+        for (int column = 0; column < patch.columns; ++column, source += group) {
+          vec values[T][T];
+          contract<T, T, W::output_line>(source, stride, values);
+          writer.write(patch.image, (patch.row + row) * T, (patch.column + column) * T, group_index * group + channel,
+                       values);
         }
-      }
     }
   }
 };
 
 constexpr size_t kSharedWeightsLimit = size_t{10} << 20;  // transformed weights that stay in L3 beside the tiles
-constexpr size_t kPrivateTilesLimit = size_t{400} << 10;  // a thread's V in its L2
-constexpr size_t kSharedTilesLimit = size_t{12} << 20;    // all threads' V in L3
-constexpr int kPrivateTiles = 42;                         // three register tiles
+constexpr size_t kPrivateTilesLimit = size_t{700} << 10;  // a thread's V and M in its L2
+constexpr size_t kSharedTilesLimit = size_t{10} << 20;    // all threads' V in L3
+constexpr size_t kSlabLimit = size_t{850} << 10;          // M and a slab of transformed weights in a thread's L2
+constexpr int kPrivatePanels = 3;                         // more would gain nothing
 
-void winograd_forward(const Channels& input, const float* weight, const float* bias, bool relu, const Channels& output,
-                      int height, int width) {
-  const int outputs = output.blocks() * kBlock, group = group_width(outputs), groups = outputs / group;
-  const int in_blocks = input.blocks(), inputs = in_blocks * kBlock;
-  const WinogradForward conv{input, output, bias, relu, Tiling(input.part[0].images, height, width), group, in_blocks};
-  const int count = conv.tiling.count;
-  const ptrdiff_t group_weights = static_cast<ptrdiff_t>(kFrequencies) * inputs * group;
-  const size_t tile_bytes = size_t{kFrequencies} * inputs * sizeof(float);
-
-  if (groups * group_weights * sizeof(float) <= kSharedWeightsLimit) {
-    // Each thread takes a run of tiles through all three stages; V and M stay in its L2.
-    float* const u = scratch(kWeights, groups * group_weights);
-    parallel(groups * in_blocks, [&](int task, int) {
-      const int index = task / in_blocks, block = task % in_blocks;
-      const ptrdiff_t channel = static_cast<ptrdiff_t>(index) * inputs + block * kBlock;
-      transform_weights(weight + channel * 9 * group, kBlock, group,
-                        u + index * group_weights + static_cast<ptrdiff_t>(block) * kBlock * group,
-                        static_cast<ptrdiff_t>(inputs) * group);
-    });
-    const int limit = smaller(kPrivateTiles, larger(kTilePixels, static_cast<int>(kPrivateTilesLimit / tile_bytes)));
-    const int runs = ceil_div(count, limit), most = ceil_div(count, runs);
-    const ptrdiff_t v_floats = kFrequencies * frequency_stride(in_blocks, most);
-    const ptrdiff_t thread_floats = v_floats + kFrequencies * conv.m_stride(most);
-    float* const threads = scratch(kPerThread, thread_floats * thread_count());
-    parallel(runs, [&](int run, int thread) {
-      float* const v = threads + thread * thread_floats;
-      float* const m = v + v_floats;
-      const int first = run_begin(count, run, runs);
-      const int tiles = run_begin(count, run + 1, runs) - first;
-      const ptrdiff_t stride = frequency_stride(in_blocks, tiles);
-      for (int block = 0; block < in_blocks; ++block) conv.transform_inputs(first, tiles, block, v, stride);
-      for (int index = 0; index < groups; ++index) {
-        conv.multiply_group(v, stride, tiles, u + index * group_weights, m);
-        conv.transform_outputs(first, tiles, index, m);
-      }
-    });
-    return;
-  }
-  // Deep layers: the threads share the V of a run of tiles and each takes groups of outputs, transforming
-  // their weights as it goes.
-  const int limit = larger(4 * kTilePixels, static_cast<int>(kSharedTilesLimit / tile_bytes));
-  const int runs = ceil_div(count, limit), most = ceil_div(count, runs);
-  const ptrdiff_t thread_floats = group_weights + kFrequencies * conv.m_stride(most);
-  float* const v = scratch(kInputTiles, kFrequencies * frequency_stride(in_blocks, most));
+// Each thread takes patches through all three stages; all read the same transformed weights.
+template <int T>
+void winograd_private(const WinogradForward<T>& conv) {
+  const int in_blocks = conv.in_blocks, group = conv.group, groups = conv.groups(), panel = conv.panel();
+  const ptrdiff_t u_stride = conv.u_stride(in_blocks), group_floats = Winograd<T>::kFrequencies * u_stride;
+  float* const u = scratch(kWeights, groups * group_floats);
+  parallel(groups * in_blocks, [&](int task, int) {
+    const int index = task / in_blocks, block = task % in_blocks;
+    transform_weights<T>(conv.group_weight(index, block), 1, group,
+                         u + index * group_floats + static_cast<ptrdiff_t>(block) * kBlock * group, u_stride);
+  });
+  const size_t tile_bytes = Winograd<T>::kFrequencies * (conv.inputs() + group) * sizeof(float);
+  const int panels = larger(1, smaller(kPrivatePanels, static_cast<int>(kPrivateTilesLimit / tile_bytes / panel)));
+  const Destination& to = conv.writer.to;
+  const Tiling tiling(T, to.values.part[0].images, to.height, to.width, panels * panel, panel);
+  const ptrdiff_t v_floats = Winograd<T>::kFrequencies * conv.v_stride(tiling.most_tiles());
+  const ptrdiff_t thread_floats = v_floats + Winograd<T>::kFrequencies * conv.m_stride(tiling.most_tiles());
   float* const threads = scratch(kPerThread, thread_floats * thread_count());
-  for (int run = 0; run < runs; ++run) {
-    const int first = run_begin(count, run, runs);
-    const int tiles = run_begin(count, run + 1, runs) - first;
-    const ptrdiff_t stride = frequency_stride(in_blocks, tiles);
-    parallel(in_blocks, [&](int block, int) { conv.transform_inputs(first, tiles, block, v, stride); });
-    parallel(groups, [&](int index, int thread) {
+  parallel(tiling.patches(), [&](int index, int thread) {
+    float* const v = threads + thread * thread_floats;
+    float* const m = v + v_floats;
+    const Patch patch = tiling[index];
+    for (int block = 0; block < in_blocks; ++block) conv.transform_inputs(patch, block, v);
+    const int next = index + thread_count();
+    Ahead<T> ahead(conv.input, next < tiling.patches() ? tiling[next] : Patch{});
+    const int share = ahead.pixels() / (groups * Winograd<T>::kFrequencies * ceil_div(patch.count(), panel)) + 1;
+    for (int g = 0; g < groups; ++g) {
+      conv.multiply_group(v, patch.count(), 0, in_blocks, u + g * group_floats, m, [&] { ahead.ask(share); });
+      conv.transform_outputs(patch, g, m);
+    }
+  });
+}
+
+// The threads share the V of a patch, and each takes groups of outputs.
+template <int T>
+void winograd_shared(const WinogradForward<T>& conv) {
+  const int in_blocks = conv.in_blocks, group = conv.group, groups = conv.groups(), panel = conv.panel();
+  const size_t tile_bytes = Winograd<T>::kFrequencies * conv.inputs() * sizeof(float);
+  const Destination& to = conv.writer.to;
+  const size_t half_slab = kSlabLimit / 2 / (Winograd<T>::kFrequencies * group * sizeof(float));  // tiles
+  const int most = larger(4 * panel, static_cast<int>(kSharedTilesLimit / tile_bytes < half_slab ? kSharedTilesLimit / tile_bytes : half_slab));
+  const Tiling tiling(T, to.values.part[0].images, to.height, to.width, most, most);
+  const size_t slab_block_bytes = Winograd<T>::kFrequencies * kBlock * group * sizeof(float);
+  const size_t m_bytes = Winograd<T>::kFrequencies * conv.m_stride(tiling.most_tiles()) * sizeof(float);
+  const int slab_blocks =
+      smaller(in_blocks, larger(2, static_cast<int>((kSlabLimit - m_bytes) / slab_block_bytes)));
+  const ptrdiff_t u_floats = Winograd<T>::kFrequencies * conv.u_stride(slab_blocks);
+  const ptrdiff_t thread_floats = u_floats + Winograd<T>::kFrequencies * conv.m_stride(tiling.most_tiles());
+  float* const v = scratch(kInputTiles, Winograd<T>::kFrequencies * conv.v_stride(tiling.most_tiles()));
+  float* const threads = scratch(kPerThread, thread_floats * thread_count());
+  for (int index = 0; index < tiling.patches(); ++index) {
+    const Patch patch = tiling[index];
+    parallel(in_blocks, [&](int block, int) { conv.transform_inputs(patch, block, v); });
+    const int share = ceil_div(slab_blocks * 9 * group, Winograd<T>::kFrequencies * ceil_div(patch.count(), panel));
+    parallel(groups, [&](int g, int thread) {
       float* const u = threads + thread * thread_floats;
-      float* const m = u + group_weights;
-      transform_weights(weight + static_cast<ptrdiff_t>(index) * inputs * 9 * group, inputs, group, u,
-                        static_cast<ptrdiff_t>(inputs) * group);
-      conv.multiply_group(v, stride, tiles, u, m);
-      conv.transform_outputs(first, tiles, index, m);
+      float* const m = u + u_floats;
+      for (int block = 0; block < in_blocks; block += slab_blocks) {
+        const int blocks = smaller(slab_blocks, in_blocks - block);
+        transform_weights<T>(conv.group_weight(g, block), blocks, group, u, conv.u_stride(blocks));
+        // The weights that this thread transforms next, most likely.
+        const float* next = block + blocks < in_blocks      ? conv.group_weight(g, block + blocks)
+                            : g + thread_count() < groups ? conv.group_weight(g + thread_count(), 0)
+                                                          : conv.group_weight(g, block);
+        conv.multiply_group(v, patch.count(), block, blocks, u, m, [&] {
+          for (int i = 0; i < share; ++i, next += kBlock) __builtin_prefetch(next, 0, 2);
+        });
+      }
+      conv.transform_outputs(patch, g, m);
     });
+  }
+}
+
+template <int T>
+void winograd_forward(const Channels& input, const float* weight, const Destination& to) {
+  const WinogradForward<T> conv(input, weight, to);
+  const size_t weights = Winograd<T>::kFrequencies * conv.inputs() * conv.outputs * sizeof(float);
+  if (weights <= kSharedWeightsLimit) {
+    winograd_private(conv);
+  } else {
+    winograd_shared(conv);
   }
 }
 

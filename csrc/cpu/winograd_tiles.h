@@ -1,4 +1,4 @@
-// The 4x4 output tiles of a layer, numbered through all images, and their transformation.
+// The output tiles of a layer, cut into patches that one run of the three stages takes, and their transformation.
 #pragma once
 
 #include "winograd.h"
@@ -6,53 +6,124 @@
 namespace fastunet {
 namespace {
 
+// A rectangle of tiles of one image, numbered in reading order.
+struct Patch {
+  int image = 0, row = 0, column = 0, rows = 0, columns = 0;  // in tiles
+
+  int count() const { return rows * columns; }
+};
+
+// All tiles of a layer in patches of about the same size.
 struct Tiling {
-  int height, width, rows, columns, count;
+  int images, rows, columns;            // in tiles
+  int patch_rows, patch_columns;        // of the largest patch
+  int patches_down = 1, patches_across = 1;
 
-  Tiling(int images, int height, int width)
-      : height(height),
-        width(width),
-        rows(ceil_div(height, kTile)),
-        columns(ceil_div(width, kTile)),
-        count(images * rows * columns) {}
+  // Patches of at most `most` tiles, as wide as `most_columns` allow: neighbours share a halo, and a register tile of
+  // whole rows of a patch reads what lies together.
+  Tiling(int tile, int images, int height, int width, int most, int most_columns)
+      : images(images), rows(ceil_div(height, tile)), columns(ceil_div(width, tile)) {
+    patches_across = ceil_div(columns, smaller(most_columns, most));
+    patch_columns = ceil_div(columns, patches_across);
+    patches_down = ceil_div(rows, larger(1, most / patch_columns));
+    patch_rows = ceil_div(rows, patches_down);
+  }
 
-  void locate(int tile, int& image, int& row, int& column) const {
-    column = tile % columns * kTile;
-    row = tile / columns % rows * kTile;
-    image = tile / columns / rows;
+  int patches() const { return images * patches_down * patches_across; }
+  int most_tiles() const { return patch_rows * patch_columns; }
+
+  Patch operator[](int index) const {
+    Patch patch;
+    const int across = index % patches_across, down = index / patches_across % patches_down;
+    patch.image = index / patches_across / patches_down;
+    patch.row = run_begin(rows, down, patches_down);
+    patch.rows = run_begin(rows, down + 1, patches_down) - patch.row;
+    patch.column = run_begin(columns, across, patches_across);
+    patch.columns = run_begin(columns, across + 1, patches_across) - patch.column;
+    return patch;
   }
 };
 
-// Transformed tiles lie as [frequency][block][tile][16]; frequencies are an odd number of cache lines apart,
-// so that the 36 values of one tile do not compete for the same cache sets.
-ptrdiff_t frequency_stride(int blocks, int tiles) { return (static_cast<ptrdiff_t>(blocks) * tiles | 1) * kBlock; }
+// Transformed values lie as 36 (of T = 4) planes of one frequency each, an odd number of cache lines apart: the values
+// of one tile, all written at once, do not compete for the same cache sets.
+INLINE ptrdiff_t plane_stride(ptrdiff_t floats) { return (floats / kBlock | 1) * kBlock; }
 
-// Transforms the FOOTPRINT x FOOTPRINT patches of `tiles` tiles from `first` on, for one block of channels of
-// x. Pixels outside x count as zero.
-template <int FOOTPRINT, Line LINE>
-void transform_tiles(const View& x, int block, const Tiling& tiling, int first, int tiles, float* target,
-                     ptrdiff_t stride) {
-  alignas(64) float patch[FOOTPRINT * FOOTPRINT * kBlock];
-  for (int tile = 0; tile < tiles; ++tile, target += kBlock) {
-    int image, row, column;
-    tiling.locate(first + tile, image, row, column);
-    const float* source = x.at(image, block, row, column);
-    ptrdiff_t row_stride = x.row_stride;
-    if (row + FOOTPRINT > x.height || column + FOOTPRINT > x.width) {
-      for (int r = 0; r < FOOTPRINT; ++r)
-        for (int c = 0; c < FOOTPRINT; ++c)
-          for (int i = 0; i < kBlock; ++i)
-            patch[(r * FOOTPRINT + c) * kBlock + i] =
-                row + r < x.height && column + c < x.width ? source[r * row_stride + c * kBlock + i] : 0.0f;
-      source = patch;
-      row_stride = FOOTPRINT * kBlock;
+// The footprint x footprint pixels of a tile whose first is (row, column); zeros beyond the view.
+template <int SIDE>
+void copy_footprint(const View& x, int image, int block, int row, int column, float* target) {
+  for (int r = 0; r < SIDE; ++r)
+    for (int c = 0; c < SIDE; ++c, target += kBlock)
+      if (row + r < x.height && column + c < x.width) {
+        const float* const source = x.at(image, block, row + r, column + c);
+        for (int i = 0; i < kBlock; ++i) target[i] = source[i];
+      } else {
+        for (int i = 0; i < kBlock; ++i) target[i] = 0.0f;
+      }
+}
+
+// Transforms one block of channels of the tiles of a patch, SIDE x SIDE pixels each, into planes of [panel][block][tile
+// of the panel][16]: panels of at most `panel` tiles are what a register tile multiplies, and lie as it reads them.
+// With panel = all tiles it is [block][tile][16].
+template <int T, int SIDE, Pair PAIR>
+void transform_tiles(const View& x, int block, const Patch& patch, int panel, int blocks, int target_block,
+                     float* target, ptrdiff_t stride) {
+  alignas(64) float footprint[SIDE * SIDE * kBlock];
+  const int tiles = patch.count(), panels = ceil_div(tiles, panel);
+  int row = 0, column = 0;
+  for (int p = 0; p < panels; ++p) {
+    const int begin = run_begin(tiles, p, panels), count = run_begin(tiles, p + 1, panels) - begin;
+    float* place = target + (static_cast<ptrdiff_t>(begin) * blocks + static_cast<ptrdiff_t>(target_block) * count) * kBlock;
+    for (int tile = 0; tile < count; ++tile, place += kBlock) {
+      const int y = (patch.row + row) * T, left = (patch.column + column) * T;
+      const float* source = x.at(patch.image, block, y, left);
+      ptrdiff_t row_stride = x.row_stride;
+      if (y + SIDE > x.height || left + SIDE > x.width) {
+        copy_footprint<SIDE>(x, patch.image, block, y, left, footprint);
+        source = footprint;
+        row_stride = SIDE * kBlock;
+      }
+      for (int v = 0; v < kBlock; v += kLanes)
+        expand<T, SIDE, PAIR>(source + v, row_stride, kBlock, place + v, stride);
+      if (++column == patch.columns) column = 0, ++row;
     }
-    for (int v = 0; v < kVectors; ++v)
-      transform<FOOTPRINT, kFootprint, LINE>(source + v * kLanes, row_stride, kBlock, [&](int r, int c, vec value) {
-        store(target + (r * kFootprint + c) * stride + v * kLanes, value);
-      });
   }
 }
+
+// Asks for the pixels of a patch in good time, a few at each call, while another is multiplied.
+template <int T>
+class Ahead {
+ public:
+  Ahead(const Channels& x, const Patch& patch) : x_(x), image_(patch.image) {
+    const View& view = x.part[0];
+    top_ = row_ = patch.row * T;
+    left_ = column_ = patch.column * T;
+    bottom_ = smaller(view.height, (patch.row + patch.rows) * T + 2);
+    right_ = smaller(view.width, (patch.column + patch.columns) * T + 2);
+    left_over_ = (bottom_ - top_) * (right_ - left_) * x.blocks();
+  }
+
+  int pixels() const { return left_over_; }
+
+  INLINE void ask(int count) {
+    for (count = smaller(count, left_over_), left_over_ -= count; count > 0;) {
+      int block = block_;
+      const View& view = part_of(x_, block);
+      const float* const pixel = view.at(image_, block, row_, 0);
+      const int end = smaller(right_, column_ + count);
+      count -= end - column_;
+      for (; column_ < end; ++column_) __builtin_prefetch(pixel + column_ * kBlock, 0, 2);
+      if (column_ < right_) return;
+      column_ = left_;
+      if (++row_ < bottom_) continue;
+      row_ = top_;
+      ++block_;
+    }
+  }
+
+ private:
+  const Channels& x_;
+  int image_, top_, bottom_, left_, right_, row_, column_, block_ = 0, left_over_;
+};
 
 }  // namespace
 }  // namespace fastunet

@@ -72,9 +72,9 @@ class Backend(Protocol):
     def place(self) -> tuple[int, int]:
         """Type and number of the device's memory, as `__dlpack_device__` gives them."""
 
-    stream: int | None
-    """The stream in whose order arrays from outside are read, as `__dlpack__` takes it; None where nothing is left to
-    be done later."""
+    @property
+    def stream(self) -> tuple[int, int] | None:
+        """Number of the GPU and address of its stream in whose order arrays from outside are read; None on the host."""
 
     def given(self, values: Any) -> Any:
         """Values from outside: a view of an array that lies in the device's memory, an ndarray of any other.
@@ -166,9 +166,18 @@ class Backend(Protocol):
         """The pooled array and which pixel won, for the way back."""
 
     def conv3x3_maxpool2x2_forward(
-        self, x: Any, weight: Any, bias: Any, outputs: int
+        self,
+        x: Any,
+        weight: Any,
+        bias: Any,
+        outputs: int,
+        kept: tuple[int, int] | None,
+        wants_choice: bool,
     ) -> tuple[Any, Any, Any]:
-        """Valid 3x3 convolution with bias and ReLU, its 2x2 max-pooling, and the choice of `maxpool2x2_forward`."""
+        """Valid 3x3 convolution with bias and ReLU, its 2x2 max-pooling, and the choice of `maxpool2x2_forward`.
+
+        Only the centre of `kept` (height, width) of the convolution will be read, or all of it where that is None.
+        """
 
     def maxpool2x2_backward(self, gradient: Any, choice: Any, height: int, width: int, present: Any) -> Any:
         """The gradient of the pooling's input, added to what is `present` of it (all, its centre, or None)."""

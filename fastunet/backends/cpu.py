@@ -1,7 +1,7 @@
 """The CPU's table: the C++ engine `_fastunet`, and the packing of weights for it.
 
-Weights lie as [outputs / G][inputs][taps][G] with G = 32 outputs side by side, or 16, both padded to a multiple of 16
-channels, each input of a concatenation for itself (csrc/cpu/kernels.h).
+Weights lie as [outputs / G][inputs / 16][taps][16][G] with G = 32 outputs side by side, or 16, both padded to a
+multiple of 16 channels, each input of a concatenation for itself (csrc/cpu/kernels.h).
 """
 
 import os
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fastunet.tiling import TilePlan
 
 _BLOCK = engine.BLOCK
+ALGORITHMS = "auto", "direct", "winograd2", "winograd4", "winograd6"
+"""What FASTUNET_CONV may say: which way every 3x3 convolution takes."""
 
 
 def _padded(channels: int) -> int:
@@ -39,9 +41,9 @@ class CpuBackend:
 
     def __init__(self) -> None:
         self.algorithm = os.environ.get("FASTUNET_CONV", "auto")
-        if self.algorithm not in ("auto", "direct", "winograd"):
+        if self.algorithm not in ALGORITHMS:
             raise ValueError(
-                f"FASTUNET_CONV is {self.algorithm!r}; expected auto, direct or winograd, or unset for auto"
+                f"FASTUNET_CONV is {self.algorithm!r}; expected {', '.join(ALGORITHMS)}, or unset for auto"
             )
 
     upconv2x2_forward = staticmethod(engine.upconv2x2_forward)
@@ -49,6 +51,7 @@ class CpuBackend:
     conv1x1_forward = staticmethod(engine.conv1x1_forward)
     conv1x1_backward = staticmethod(engine.conv1x1_backward)
     maxpool2x2_forward = staticmethod(engine.maxpool2x2_forward)
+    maxpool2x2_backward = staticmethod(engine.maxpool2x2_backward)
     softmax_cross_entropy = staticmethod(engine.softmax_cross_entropy)
     softmax = staticmethod(engine.softmax)
     dropout = staticmethod(engine.dropout)
@@ -81,16 +84,18 @@ class CpuBackend:
         )
 
     def conv3x3_maxpool2x2_forward(
-        self, x: Any, weight: Any, bias: Any, outputs: int
+        self,
+        x: Any,
+        weight: Any,
+        bias: Any,
+        outputs: int,
+        kept: tuple[int, int] | None,
+        wants_choice: bool,
     ) -> tuple[Any, Any, Any]:
-        y = self.conv3x3_forward(x, None, weight, bias, outputs, True)
-        return y, *engine.maxpool2x2_forward(y)
-
-    def maxpool2x2_backward(self, gradient: Any, choice: Any, height: int, width: int, present: Any) -> Any:
-        total = engine.maxpool2x2_backward(gradient, choice, height, width)
-        if present is not None:
-            engine.add_centre(total, present)
-        return total
+        kept = kept or (x.shape[1] - 2, x.shape[2] - 2)
+        return engine.conv3x3_maxpool2x2_forward(
+            x, weight, bias, outputs, *kept, wants_choice, self.algorithm
+        )
 
     def head_cross_entropy_forward(
         self,
@@ -200,8 +205,8 @@ class CpuBackend:
                 np.pad(part, ((0, _padded(outputs) - outputs), (0, _padded(channels) - channels), (0, 0)))
             )
             first += channels
-        grouped = np.concatenate(parts, axis=1).reshape(_padded(outputs) // group, group, -1, taps)
-        return np.ascontiguousarray(grouped.transpose(0, 2, 3, 1)).ravel()
+        grouped = np.concatenate(parts, axis=1).reshape(_padded(outputs) // group, group, -1, _BLOCK, taps)
+        return np.ascontiguousarray(grouped.transpose(0, 2, 4, 3, 1)).ravel()
 
     def unpack(
         self, flat: np.ndarray, kind: str, inputs: Sequence[int], shape: tuple[int, ...]
@@ -210,8 +215,9 @@ class CpuBackend:
             return flat[: shape[0]].copy()
         outputs = shape[1] if kind == "upconv" else shape[0]
         group = engine.group_width(outputs)
-        grouped = flat.reshape(_padded(outputs) // group, -1, shape[2] * shape[3], group)
-        padded = grouped.transpose(0, 3, 1, 2).reshape(_padded(outputs), -1, shape[2] * shape[3])[:outputs]
+        taps = shape[2] * shape[3]
+        grouped = flat.reshape(_padded(outputs) // group, -1, taps, _BLOCK, group)
+        padded = grouped.transpose(0, 4, 1, 3, 2).reshape(_padded(outputs), -1, taps)[:outputs]
         parts, first = [], 0
         for channels in inputs:
             parts.append(padded[:, first : first + channels])
