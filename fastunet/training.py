@@ -544,9 +544,15 @@ class _Run:
         settings = self.settings
         weighting = WeightSettings(settings.w0, settings.sigma, settings.preset)
         threads, normalization = settings.threads or 1, settings.normalization or "zscore"
-        width = settings.separation_width
+        width, stream = settings.separation_width, self.model.backend.stream
         images, class_weights = prepare(
-            training, normalization, weighting, separation_width=width, threads=threads, quiet=self.quiet
+            training,
+            normalization,
+            weighting,
+            separation_width=width,
+            threads=threads,
+            quiet=self.quiet,
+            stream=stream,
         )
         if not validation:
             self.notify("no image is held out: scores are those of the training images")
@@ -559,6 +565,7 @@ class _Run:
             separation_width=width,
             threads=threads,
             quiet=self.quiet,
+            stream=stream,
         )
         return images, hold_out(validation, held_out, width)
 
@@ -617,7 +624,6 @@ class _Run:
             settings.seed,
             self.state.step,
             threads=1 if (settings.threads or 1) <= 2 else 2,
-            place=backend.place,
             stream=backend.stream,
             room=(backend.free_memory() - needed) // 2,
             notify=self.notify,

@@ -9,10 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastunet.data.datasets import Dataset, Sample
@@ -97,6 +99,7 @@ def prepare(
     separation_width: int = 1,
     threads: int = 2,
     quiet: bool = False,
+    stream: tuple[int, int] | None = None,
 ) -> tuple[list[PreparedImage], np.ndarray]:
     """Normalise, separate and weigh every image of a data set, in `threads` threads.
 
@@ -114,6 +117,8 @@ def prepare(
     threads : int
     quiet : bool
         Show no progress bar.
+    stream : (int, int), optional
+        As for `open_samples`; its GPU then computes the weights, to float32 rounding the same.
 
     Returns
     -------
@@ -127,6 +132,7 @@ def prepare(
         If an image cannot be normalised; the message names it.
     """
     weighting = weighting or WeightSettings()
+    weigh_pixels = _weight_map_on(stream)
     with ThreadPoolExecutor(threads) as pool:
         classes = list(
             pool.map(
@@ -138,7 +144,7 @@ def prepare(
         )
 
         def weigh(sample: Sample, labels: np.ndarray) -> PreparedImage:
-            weights = weight_map(
+            weights = weigh_pixels(
                 sample.instances,
                 mask=labels,
                 w0=weighting.w0,
@@ -146,7 +152,6 @@ def prepare(
                 class_weights=weights_of_classes if weighting.preset == PAPER2015 else None,
                 ignore=sample.ignored,
                 preset=weighting.preset,
-                threads=1,
             )
             try:
                 image = normalize(sample.image, normalization)
@@ -163,6 +168,26 @@ def prepare(
             disable=quiet or None,
         )
         return list(prepared), weights_of_classes
+
+
+def _weight_map_on(stream: tuple[int, int] | None) -> Callable[..., NDArray[np.float32]]:
+    """`weight_map` on a GPU, or on a thread of the CPU where there is none or it cannot."""
+    on_cpu = partial(weight_map, threads=1)
+    if stream is None:
+        return on_cpu
+    try:
+        from fastunet.data.launch_cuda import FAILURES
+        from fastunet.data.weight_map_cuda import weight_map_of_host
+    except ImportError:
+        return on_cpu
+
+    def either(labels: NDArray[np.integer], **options: Any) -> NDArray[np.float32]:
+        try:
+            return weight_map_of_host(stream[0], labels, **options)
+        except FAILURES:
+            return on_cpu(labels, **options)
+
+    return either
 
 
 @dataclass(frozen=True)
@@ -312,8 +337,7 @@ def open_samples(
     seed: int = 0,
     start: int = 0,
     threads: int = 1,
-    place: tuple[int, int] = (1, 0),
-    stream: int | None = None,
+    stream: tuple[int, int] | None = None,
     room: int = 0,
     notify: Callable[[str], None] = print,
 ) -> Samples:
@@ -325,12 +349,10 @@ def open_samples(
         As for `Samples`.
     threads : int
         Of the CPU.
-    place : (int, int)
-        Type and number of the device that reads them, as `__dlpack_device__` gives them.
-    stream : int, optional
-        Address of the stream on which it reads; none on the CPU.
+    stream : (int, int), optional
+        Number of the GPU that reads them, and address of its stream on which it does.
     room : int
-        Bytes of the device's memory that images and samples may take.
+        Bytes of its memory that images and samples may take.
     notify : callable
         Is told why the CPU makes the samples for a GPU, where that is so.
     """
@@ -338,7 +360,7 @@ def open_samples(
         try:
             from fastunet.data.samples_cuda import DeviceSamples
 
-            return DeviceSamples(images, tile, output, seed, start, place[1], stream, room)
+            return DeviceSamples(images, tile, output, seed, start, *stream, room)
         except (ImportError, MemoryError) as error:
             notify(f"the CPU warps the training samples: {error}")
     return HostSamples(images, tile, output, seed, start, threads)

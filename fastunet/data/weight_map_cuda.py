@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from numba import cuda
+from numpy.typing import NDArray
 
 from fastunet.data import weight_map as pixel
 from fastunet.data.launch_cuda import device_array, launch, on_device
@@ -112,6 +113,30 @@ def weight_map(
         border,
         out,
     )
+
+
+def weight_map_of_host(
+    gpu: int,
+    labels: NDArray[np.integer],
+    mask: NDArray[np.integer],
+    w0: float | None,
+    sigma: float | None,
+    class_weights: NDArray[np.float64] | None,
+    ignore: NDArray[np.bool_] | None,
+    preset: str,
+) -> NDArray[np.float32]:
+    """`fastunet.data.weight_map.weight_map` of arrays of the host, computed on a GPU."""
+
+    def sent(array: NDArray[Any] | None) -> Any:
+        return None if array is None else cuda.to_device(np.ascontiguousarray(array))
+
+    with cuda.gpus[gpu]:
+        out = cuda.device_array(labels.shape, np.float32)
+        scratch = cuda.device_array((3, *labels.shape), np.int32)
+        weight_map(
+            sent(labels), out, scratch, sent(mask), w0, sigma, sent(class_weights), sent(ignore), preset
+        )
+        return out.copy_to_host()
 
 
 def two_nearest(

@@ -8,18 +8,28 @@ import numpy as np
 import pytest
 from emulator import conftest  # noqa: F401  registers the emulator
 from numba import cuda
+from test_weight_map import ROUNDING
 
 from fastunet import training
 from fastunet.backends.cuda.table import CudaBackend
+from fastunet.data import samples as on_host
 from fastunet.data import samples_cuda
 from fastunet.data.datasets import Meaning, dataset_of_arrays
-from fastunet.data.samples import DRAWS, HostSamples, PreparedImage, TrainingSample, open_samples
+from fastunet.data.samples import (
+    DRAWS,
+    HostSamples,
+    PreparedImage,
+    TrainingSample,
+    WeightSettings,
+    open_samples,
+    prepare,
+)
 from fastunet.data.samples_cuda import DeviceSamples
 from fastunet.errors import DataError
 
 TILE, OUTPUT = 8, 4
 ROOM = 1 << 30
-CUDA = 2, 0
+STREAM = 0, 0
 DEVICE = "emulator" if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" else "cuda:0"
 
 
@@ -96,6 +106,23 @@ def test_a_tile_without_weight_is_drawn_again_as_on_the_cpu(rng):
         assert len(draws) > 5
 
 
+@pytest.mark.parametrize("preset", ["paper2015", "falk2019"])
+def test_images_are_prepared_as_on_the_cpu(rng, preset, monkeypatch):
+    labels = np.kron(rng.integers(0, 4, (3, 4)), np.ones((3, 3), int))
+    labels[:2] = 9
+    image = rng.integers(0, 200, labels.shape).astype(np.uint8)
+    data = dataset_of_arrays([image], [labels], Meaning("instances", ignore=9))
+    weighting = WeightSettings(preset=preset)
+    (expected,), class_weights = prepare(data, "zscore", weighting, quiet=True)
+    monkeypatch.setattr(on_host, "weight_map", lambda *given, **options: pytest.fail("the CPU weighs"))
+    (found,), same_weights = prepare(data, "zscore", weighting, quiet=True, stream=STREAM)
+    np.testing.assert_array_equal(same_weights, class_weights)
+    np.testing.assert_allclose(found.weights, expected.weights, **ROUNDING)
+    assert (found.weights[:2] == 0).all() and (found.weights[2:] > 0).all()
+    for name in ("image", "classes", "ignored"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
 def test_an_image_whose_weight_is_never_met_is_named():
     weights = np.zeros((400, 400), np.float32)
     weights[200, 200] = 1
@@ -162,11 +189,21 @@ def test_a_buffer_is_filled_again_only_after_what_was_given_to_its_reader(rng, m
         assert len(set(places[:3])) == 3 and places[3:] == places[:2]
 
 
+def test_the_cpu_weighs_what_does_not_fit(monkeypatch):
+    def no_memory(*given):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(cuda, "to_device", no_memory)
+    data = dataset_of_arrays([np.eye(9)], [np.eye(9, dtype=np.uint8)], Meaning("binary"))
+    (found,), (expected,) = (prepare(data, "zscore", quiet=True, stream=at)[0] for at in (STREAM, None))
+    np.testing.assert_array_equal(found.weights, expected.weights)
+
+
 def test_images_that_do_not_fit_are_left_to_the_cpu(rng):
     images, told = prepared_images(rng), []
     with pytest.raises(MemoryError, match=r"^they take .* on GPU 0, where 1 KiB are left for them$"):
         on_device(images, room=1024)
-    chosen = dict(place=CUDA, stream=0, notify=told.append)
+    chosen = dict(stream=STREAM, notify=told.append)
     with open_samples(images, TILE, OUTPUT, room=1024, **chosen) as samples:
         assert isinstance(samples, HostSamples)
     assert len(told) == 1 and told[0].startswith("the CPU warps the training samples: they take ")
@@ -179,7 +216,7 @@ def test_a_run_learns_from_them_what_it_learns_from_the_cpus(rng, tmp_path, monk
     """The emulated device reads the simulator's arrays where they lie, as a GPU its own."""
     monkeypatch.setattr(samples_cuda, "AHEAD", 1)
     if DEVICE == "emulator":
-        monkeypatch.setattr(CudaBackend, "stream", 0)
+        monkeypatch.setattr(CudaBackend, "stream", STREAM)
         monkeypatch.setitem(training.OUTPUT_BY_DEVICE, "emulator", 4)
     opened = []
     monkeypatch.setattr(

@@ -180,8 +180,9 @@ class CudaBackend:
         return self.device.exchange.place
 
     @property
-    def stream(self) -> int | None:
-        return self.device.exchange.stream
+    def stream(self) -> tuple[int, int] | None:
+        stream = self.device.exchange.stream
+        return None if stream is None else (self.place[1], stream)
 
     def _launch(self, launch: Launch, arguments: ctypes.Structure, bits: int | None = None) -> None:
         """Start a kernel for this table's elements, or for those of `bits`."""
