@@ -90,20 +90,24 @@ def ours(settings: Settings, what: str, way: str) -> tuple[Pass, Pass, Pass]:
     if what == "forward":
         model.eval()
         given = backend.inlet(image.shape, np.float32)
-        given.fill(image)
 
         def forward() -> Any:
             with no_grad():
                 return model(Tensor.from_numpy(given.view, backend)).array
 
+        given.fill(image)
         forward()
         if way == "fastunet":
-            recorded = backend.repeat(forward), model, given  # which it reads
+            recorded = backend.repeat(forward), model  # whose parameters it reads
 
             def one() -> None:
+                given.fill(image)
                 recorded[0].start()
         else:
-            one = forward
+
+            def one() -> None:
+                given.fill(image)
+                forward()
     elif way == "fastunet":
         replayed = TrainingStep(model, SGD(model, lr=1e-6))
 

@@ -1,19 +1,27 @@
-"""Stage "training": short runs of `fastunet train`, the same on the GPU and the CPU, and one at the paper's size."""
+"""Stage "training": short runs of `fastunet train`, the same on the GPU and the CPU, and one at the paper's size.
+
+And what its samples cost at that size: a step takes the same tile again and again, or a new one each time.
+"""
 
 import csv
+import functools
+import importlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gpu_stage import Cases, Row, Settings
 
 LIMIT = 400.0
 LAST = 50
 """Steps whose mean loss is told."""
+SAMPLES = "samples and steps"
 
 
 def stage(settings: Settings) -> Cases:
@@ -29,7 +37,44 @@ def stage(settings: Settings) -> Cases:
     }
     if settings.tiny:  # a command knows no emulator
         runs = {"CPU": "--device cpu --base-channels 1 --depth 1 --tile 20 --steps 2"}
-    return {name: trained([*given, *options.split()]) for name, options in runs.items()}
+    trainings = {name: trained([*given, *options.split()]) for name, options in runs.items()}
+    return {SAMPLES: functools.partial(samples_and_steps, settings), **trainings}
+
+
+def samples_and_steps(settings: Settings) -> Row:
+    """Milliseconds of a sample alone, of a step on the same tile, and of a step on a new one."""
+    from fastunet import SGD, UNet, output_size
+    from fastunet.data.samples import open_samples, prepare
+    from fastunet.data.synthetic import synthetic_dataset
+    from fastunet.training_step import TrainingStep
+
+    if not settings.gpu:
+        importlib.import_module("emulator.conftest")
+    base, side, depth, count = (1, 20, 1, 2) if settings.tiny else (64, 572, 4, 100)
+    model = UNet(base_channels=base, depth=depth, device=settings.device, precision="bf16")
+    backend: Any = model.backend
+    step = TrainingStep(model, SGD(model, lr=1e-6))
+    images, _ = prepare(synthetic_dataset(4, 64 if settings.tiny else 512, 0), "zscore", quiet=True)
+    where = {"stream": backend.stream, "room": backend.free_memory() // 2}
+
+    def milliseconds(one: Callable[[], Any]) -> float:
+        for _ in range(4):
+            one()
+        backend.device.synchronize()
+        begin = time.perf_counter()
+        for _ in range(count):
+            one()
+        backend.device.synchronize()
+        return 1e3 * (time.perf_counter() - begin) / count
+
+    with open_samples(images, side, output_size(side, depth), **where) as samples:
+        kept = vars(next(samples)).values()
+        row = {
+            "step_ms": milliseconds(lambda: step(*kept)),
+            "both_ms": milliseconds(lambda: step(*vars(next(samples)).values())),
+            "sample_ms": milliseconds(lambda: next(samples)),
+        }
+    return {"made": type(samples).__name__, **row}
 
 
 def trained(options: list[str]) -> Callable[[], Row]:
@@ -59,8 +104,16 @@ def last_validation(rows: list[dict[str, str]]) -> dict[str, float]:
 
 
 def summary(rows: dict[str, Row], settings: Settings) -> list[str]:
-    lines = [f"training | steps | s | steps/s | mean loss of the first and last {LAST} | validation"]
-    for name, row in rows.items():
+    lines = []
+    runs = dict(rows)
+    row = runs.pop(SAMPLES, {"failure": "was not done"})
+    lines.append(
+        row.get("failure")
+        or f"{row['made']} take {row['sample_ms']:.3f} ms each, a step {row['step_ms']:.3f} on the same tile, "
+        f"{row['both_ms']:.3f} on new ones"
+    )
+    lines += [f"training | steps | s | steps/s | mean loss of the first and last {LAST} | validation"]
+    for name, row in runs.items():
         if "failure" in row:
             lines.append(f"{name} | {row['failure']}")
             continue
@@ -72,7 +125,7 @@ def summary(rows: dict[str, Row], settings: Settings) -> list[str]:
         rate = len(losses) / took if took else float("nan")
         lines.append(f"{name} | {len(losses)} | {took:.0f} | {rate:.1f} | {ends} | {figures}")
     draw(
-        {name: row["losses"] for name, row in rows.items() if "losses" in row},
+        {name: row["losses"] for name, row in runs.items() if "losses" in row},
         Path(settings.out) / "curves.png",
     )
     return lines

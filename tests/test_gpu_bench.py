@@ -83,6 +83,16 @@ def test_kernels_and_network_through_the_emulator(tmp_path):
     assert (tmp_path / "gpu.txt").read_text() == done.stdout
 
 
+def test_samples_are_timed_beside_steps(tmp_path):
+    import gpu_training
+
+    settings = gpu_stage.Settings("emulator", True, "", str(tmp_path), 60)
+    row = gpu_training.stage(settings)[gpu_training.SAMPLES]()
+    assert row["made"] == "HostSamples" and min(row[f"{what}_ms"] for what in ("sample", "step", "both")) > 0
+    lines = gpu_training.summary({gpu_training.SAMPLES: row}, settings)
+    assert lines[0].startswith("HostSamples take ") and len(lines) == 2
+
+
 def test_the_emulators_results_are_compared_and_tests_are_run(tmp_path):
     import gpu_checks
 
