@@ -103,7 +103,9 @@ def main() -> None:
             f"|loss of {name} - loss of PyTorch contiguous|: mean {apart.mean():.2e}, largest {apart.max():.2e}"
         )
     ratio = result["fastunet"]["mean"] / result["PyTorch channels_last"]["mean"]
-    print(f"{ratio:.2f} times as far as PyTorch's layouts, at most 1: {'reached' if ratio <= 1 else 'MISSED'}")
+    print(
+        f"{ratio:.2f} times as far as PyTorch's layouts, at most 1: {'reached' if ratio <= 1 else 'MISSED'}"
+    )
     print(
         f"mean loss of the last 20 steps: {', '.join(f'{n} {np.mean(c[-20:]):.4f}' for n, c in curves.items())}"
     )
