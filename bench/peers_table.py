@@ -50,9 +50,15 @@ LOGITS_ERROR, GRADIENTS_RATIO = 3e-6, 3.0
 
 
 def heading(results: Results) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    threads = f"{results['threads']} thread{'s' if results['threads'] > 1 else ''}"
-    return f"{results['machine']}; {versions}\n{results['date']}, tile {results['tile']}, {threads}"
+    return f"{results['machine']}; {_versions(results)}\n{results['date']}, {_conditions(results)}"
+
+
+def _versions(results: Results) -> str:
+    return ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+
+
+def _conditions(results: Results) -> str:
+    return f"tile {results['tile']}, {results['threads']} thread{'s' if results['threads'] > 1 else ''}"
 
 
 def sections(results: Results) -> list[tuple[str, int]]:
@@ -140,15 +146,14 @@ def accuracy(results: Results) -> str:
         return "accuracy: not measured"
     logits, gradients = found["logits"], found["gradients"]
     ratio = gradients["fastunet"] / gradients["PyTorch"]
-    asked = (found["base"], results["tile"]) == (64, TILE)
-    least = -LOGITS_ERROR if asked else None, -GRADIENTS_RATIO if asked else None
-    return (
-        f"accuracy against float64, base {found['base']}\n"
-        f"logits: rms error / standard deviation {logits['fastunet']:.1e} (PyTorch float32 {logits['PyTorch']:.1e}), "
-        f"at most {LOGITS_ERROR:.0e} at base 64: {_verdict(-logits['fastunet'], least[0])}\n"
-        f"gradients: median relative error {gradients['fastunet']:.1e}, {ratio:.2f} times PyTorch float32's "
-        f"({gradients['PyTorch']:.1e}), at most {GRADIENTS_RATIO:g} at base 64: {_verdict(-ratio, least[1])}"
-    )
+    lines = [
+        f"logits: rms error / standard deviation {logits['fastunet']:.1e}, PyTorch float32 {logits['PyTorch']:.1e}",
+        f"gradients: median relative error {gradients['fastunet']:.1e}, {ratio:.2f} times PyTorch float32's",
+    ]
+    if (found["base"], results["tile"]) == (64, TILE):
+        lines[0] += f"; at most {LOGITS_ERROR:.0e}: {_verdict(-logits['fastunet'], -LOGITS_ERROR)}"
+        lines[1] += f"; at most {GRADIENTS_RATIO:g}: {_verdict(-ratio, -GRADIENTS_RATIO)}"
+    return "\n".join([f"accuracy against float64, base {found['base']}", *lines])
 
 
 def terminal(results: Results) -> str:
@@ -160,14 +165,15 @@ def readme(results: Results) -> str:
     """Markdown: a table of inference and one of training, a column of times for each base."""
     rounds = max(len(row["ms"]) for row in results["rows"] if "ms" in row)
     parts = [
-        f"`python bench/peers.py` on {results['date'].partition(' ')[0]}: the {results['tile']} tile, "
-        f"{results['threads']} threads, {results['machine']}; engines in turns within one run, each in its best "
-        f"configuration and a process of its own, medians of {rounds} rounds. In brackets the time beside "
-        "fastunet's of the same round; memory is the peak beyond the interpreter's and the libraries' own.\n"
-        + "Versions: "
-        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        + "."
+        f"`python bench/peers.py` on {results['date'].partition(' ')[0]}: {_conditions(results)}, "
+        f"{results['machine']}; {_versions(results)}. Engines take turns within one run, each in its best "
+        f"configuration and a process of its own; medians of {rounds} rounds. In brackets the time beside fastunet's "
+        "of the same round; memory is the peak beyond the interpreter's and the libraries' own."
     ]
+    if left_out := {row["engine"]: row["left_out"] for row in results["rows"] if "left_out" in row}:
+        parts.append(
+            "Left out: " + "; ".join(f"{name} ({reason})" for name, reason in left_out.items()) + "."
+        )
     for what in dict.fromkeys(what for what, _ in sections(results)):
         rows = {
             (row["engine"], row["base"]): row
