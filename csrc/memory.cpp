@@ -1,25 +1,105 @@
 #include "memory.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstdlib>
 #include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
-#include <vector>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace fastunet {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kPage = 4096, kHugePage = size_t{2} << 20;
+constexpr size_t kSmall = size_t{64} << 10;  // below, malloc does as well
+
+size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+// Addresses of which memory is committed from the bottom up. A block takes the lowest free place that it fits into:
+// what is long-lived sinks to the bottom, and the rest is one free place when it goes.
+class Range {
+ public:
+  char* allocate(size_t bytes) {
+    if (base_ == nullptr) reserve();
+    for (auto place = free_.begin(); place != free_.end(); ++place) {
+      if (place->second < bytes) continue;
+      char* const block = base_ + place->first;
+      const size_t offset = place->first, left = place->second - bytes;
+      free_.erase(place);
+      if (left > 0) free_.emplace(offset + bytes, left);
+      return block;
+    }
+    // Beyond what is committed, from the free place at its end on, if there is one.
+    size_t offset = committed_;
+    if (!free_.empty()) {
+      const auto last = std::prev(free_.end());
+      if (last->first + last->second == committed_) {
+        offset = last->first;
+        free_.erase(last);
+      }
+    }
+    if (!commit(offset + bytes)) {
+      if (offset < committed_) free_.emplace(offset, committed_ - offset);
+      return nullptr;
+    }
+    if (offset + bytes < committed_) free_.emplace(offset + bytes, committed_ - offset - bytes);
+    return base_ + offset;
+  }
+
+  void release(char* block, size_t bytes) {
+    auto place = free_.emplace(block - base_, bytes).first;
+    const auto next = std::next(place);
+    if (next != free_.end() && place->first + place->second == next->first) {
+      place->second += next->second;
+      free_.erase(next);
+    }
+    if (place == free_.begin()) return;
+    const auto before = std::prev(place);
+    if (before->first + before->second == place->first) {
+      before->second += place->second;
+      free_.erase(place);
+    }
+  }
+
+  void trim() {
+    for (const auto& [offset, bytes] : free_) madvise(base_ + offset, bytes, MADV_DONTNEED);
+  }
+
+ private:
+  // As many addresses as there may ever be memory, of which none is taken yet; fewer where the system grants no more.
+  void reserve() {
+    const size_t physical = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    for (reserved_ = round_up(4 * physical, kHugePage); reserved_ >= kHugePage; reserved_ /= 2) {
+      void* const range = mmap(nullptr, reserved_ + kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (range == MAP_FAILED) continue;
+      base_ = reinterpret_cast<char*>(round_up(reinterpret_cast<size_t>(range), kHugePage));
+      return;
+    }
+    throw std::bad_alloc();
+  }
+
+  bool commit(size_t bytes) {
+    if (bytes <= committed_) return true;
+    const size_t end = round_up(bytes, kHugePage);
+    if (end > reserved_ || mprotect(base_ + committed_, end - committed_, PROT_READ | PROT_WRITE) != 0) return false;
+#if defined(MADV_HUGEPAGE)
+    madvise(base_ + committed_, end - committed_, MADV_HUGEPAGE);
+#endif
+    committed_ = end;
+    return true;
+  }
+
+  char* base_ = nullptr;
+  size_t reserved_ = 0, committed_ = 0;
+  std::map<size_t, size_t> free_;  // offset and size of every free place below committed_; no two touch
+};
 
 struct Store {
   std::mutex mutex;
-  std::map<size_t, std::vector<float*>> kept;
-  size_t kept_bytes = 0, used_bytes = 0, peak_bytes = 0;
+  Range range;
+  size_t used_bytes = 0, peak_bytes = 0;
 };
 
 Store& store() {
@@ -27,48 +107,30 @@ Store& store() {
   return *instance;
 }
 
-// Large blocks start on huge pages; their size is rounded to ordinary pages only, so that nothing is wasted.
 size_t rounded(size_t floats) {
   const size_t bytes = floats * sizeof(float);
-  const size_t unit = bytes >= kHugePage ? 4096 : 64;
-  return bytes == 0 ? 64 : (bytes + unit - 1) / unit * unit;
+  return bytes == 0 ? 64 : round_up(bytes, bytes >= kSmall ? kPage : 64);
 }
 
-float* from_system(size_t bytes) {
-  const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
+// With the store's mutex held.
+float* take(Store& s, size_t bytes) {
   void* block = nullptr;
-  if (posix_memalign(&block, alignment, bytes) != 0) return nullptr;
-#if defined(__linux__)
-  if (bytes >= kHugePage) madvise(block, bytes, MADV_HUGEPAGE);
-#endif
+  if (bytes >= kSmall) {
+    block = s.range.allocate(bytes);
+  } else if (posix_memalign(&block, 64, bytes) != 0) {
+    block = nullptr;
+  }
+  if (block == nullptr) throw std::bad_alloc();
   return static_cast<float*>(block);
 }
 
-void drop_kept(Store& s) {
-  for (auto& [bytes, blocks] : s.kept)
-    for (float* block : blocks) std::free(block);
-  s.kept.clear();
-  s.kept_bytes = 0;
-}
-
-// From the system. Kept blocks of sizes that no longer come make room, the largest first, so that those kept and in use
-// together stay below 7/4 of the most ever in use; the system gets all of them back where it has nothing left.
-float* from_system_or_throw(Store& s, size_t bytes) {
-  const size_t most_used = s.used_bytes + bytes > s.peak_bytes ? s.used_bytes + bytes : s.peak_bytes;
-  while (s.kept_bytes > 0 && s.kept_bytes + s.used_bytes + bytes > most_used / 4 * 7) {
-    const auto largest = std::prev(s.kept.end());
-    std::free(largest->second.back());
-    s.kept_bytes -= largest->first;
-    largest->second.pop_back();
-    if (largest->second.empty()) s.kept.erase(largest);
+void give_back(Store& s, float* block, size_t bytes) {
+  if (block == nullptr) return;
+  if (bytes >= kSmall) {
+    s.range.release(reinterpret_cast<char*>(block), bytes);
+  } else {
+    std::free(block);
   }
-  float* block = from_system(bytes);
-  if (block == nullptr) {
-    drop_kept(s);
-    block = from_system(bytes);
-  }
-  if (block == nullptr) throw std::bad_alloc();
-  return block;
 }
 
 struct Scratch {
@@ -83,16 +145,7 @@ float* allocate(size_t floats) {
   Store& s = store();
   const size_t bytes = rounded(floats);
   std::lock_guard<std::mutex> lock(s.mutex);
-  float* block = nullptr;
-  auto found = s.kept.find(bytes);
-  if (found != s.kept.end()) {
-    block = found->second.back();
-    found->second.pop_back();
-    s.kept_bytes -= bytes;
-    if (found->second.empty()) s.kept.erase(found);
-  } else {
-    block = from_system_or_throw(s, bytes);
-  }
+  float* const block = take(s, bytes);
   s.used_bytes += bytes;
   if (s.used_bytes > s.peak_bytes) s.peak_bytes = s.used_bytes;
   return block;
@@ -104,18 +157,17 @@ void release(float* block, size_t floats) {
   const size_t bytes = rounded(floats);
   std::lock_guard<std::mutex> lock(s.mutex);
   s.used_bytes -= bytes;
-  s.kept[bytes].push_back(block);
-  s.kept_bytes += bytes;
+  give_back(s, block, bytes);
 }
 
 void trim() {
   Store& s = store();
   std::lock_guard<std::mutex> lock(s.mutex);
-  drop_kept(s);
   for (Scratch& slot : slots) {
-    std::free(slot.block);
+    give_back(s, slot.block, rounded(slot.floats));
     slot = Scratch{};
   }
+  s.range.trim();
 }
 
 size_t allocated_bytes() {
@@ -139,11 +191,11 @@ void reset_peak() {
 float* scratch(ScratchSlot slot, size_t floats) {
   Scratch& wanted = slots[slot];
   if (floats > wanted.floats) {
-    std::free(wanted.block);
-    wanted = Scratch{};
     Store& s = store();
     std::lock_guard<std::mutex> lock(s.mutex);
-    wanted.block = from_system_or_throw(s, rounded(floats));
+    give_back(s, wanted.block, rounded(wanted.floats));
+    wanted = Scratch{};
+    wanted.block = take(s, rounded(floats));
     wanted.floats = floats;
   }
   return wanted.block;

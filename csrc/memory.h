@@ -1,6 +1,5 @@
-// Aligned memory for activations and scratch. Freed blocks are kept and handed out again to requests of the
-// same size, so that the steps of a training, which repeat each other's sizes, do not page-fault; trim()
-// gives them back.
+// Aligned memory for activations and scratch, from one range of addresses: freed memory is handed out again, whatever
+// sizes are asked for next, so that steps of a training do not page-fault; trim() gives it back to the system.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +8,8 @@ namespace fastunet {
 
 float* allocate(size_t floats);  // 64-byte aligned, contents undefined; throws std::bad_alloc
 void release(float* block, size_t floats);
-void trim();               // returns the kept blocks to the system
-size_t allocated_bytes();  // handed out at this moment
+void trim();               // returns what is free to the system
+size_t allocated_bytes();  // handed out at this moment, but for scratch
 size_t peak_allocated_bytes();
 void reset_peak();
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastunet.geometry import border, input_size, is_valid_input, nearest_inputs, output_size
+from fastunet.geometry import border, input_size, is_valid_input, nearest_inputs, output_size, skip_size
 from fastunet.memory import UNLIMITED, format_bytes
 
 # The engine keeps freed blocks for requests of the same size: resident memory came to 1.3 to 1.8 times the
@@ -212,13 +212,12 @@ def activation_bytes(
 ) -> NDArray[np.int64]:
     """Bytes of float32 activations alive at the worst moment of a forward pass over height x width pixels.
 
-    The walk of the forward pass: a layer holds its input and its output, and every skip is kept whole from
-    its level on the way down to the same level on the way up. Channels are counted in blocks of 16.
-    The worst moment is the finest level's second convolution, 2 * 4 * height * width * base_channels bytes on
-    the way down, where it is pooled before its input is let go, or the same level on the way up, where the skip is held
-    besides.
+    The walk of the forward pass: a layer holds its input and its output; a level's second convolution goes into its
+    pooled map and the centre that the way up reads, which is kept until then. Channels are counted in blocks of 16.
+    The worst moment is one of the finest level's, on the way down or, with the skip, on the way up.
     """
     height, width = np.asarray(height, np.int64), np.asarray(width, np.int64)
+    out_height, out_width = (side - 2 * border(network.depth) for side in (height, width))
     kept = np.zeros_like(height)
     worst = _bytes(height, width, network.in_channels)
     skips = []
@@ -226,13 +225,15 @@ def activation_bytes(
         channels = network.base_channels * 2**level
         source = _bytes(height, width, network.in_channels if level == 0 else channels // 2)
         first, second = (_bytes(height - lost, width - lost, channels) for lost in (2, 4))
-        worst = np.maximum(worst, kept + np.maximum(source + first, first + second))
+        worst = np.maximum(worst, kept + source + first)
         height, width = height - 4, width - 4
-        if level < network.depth:
+        if level == network.depth:
+            worst = np.maximum(worst, kept + first + second)
+        else:
             height, width = height // 2, width // 2
-            worst = np.maximum(worst, kept + first + second + _bytes(height, width, channels))
-            skips.append(second)
-            kept = kept + second
+            skips.append(_bytes(skip_size(out_height, level), skip_size(out_width, level), channels))
+            kept = kept + skips[-1]
+            worst = np.maximum(worst, kept + first + _bytes(height, width, channels))
     for level in reversed(range(network.depth)):
         channels = network.base_channels * 2**level
         below = _bytes(height, width, 2 * channels)

@@ -1,10 +1,12 @@
 // Direct weight gradient: weight_gradient[in][tap][out] += sum over pixels x[pixel of the tap][in] *
-// g[pixel][out]. One task owns an input block, an output tile and a row of taps and adds in a fixed order:
-// the result does not depend on the number of threads.
+// g[pixel][out]. Layers of few weights are cut into slots of rows, each with sums of its own that stay in a thread's L2
+// while the pixels come by once; of the others a task owns an input block, an output tile and a row of taps. Either way
+// all is added in an order that does not depend on the number of threads.
 //
-// Cost: 2 * in * out * K * K FLOPs a pixel; bands of rows keep x and g in L2 over the taps of a task.
+// Cost: 2 * in * out * K * K FLOPs a pixel; bands of rows keep x and g in L2 over the taps.
 #pragma once
 
+#include "../memory.h"
 #include "micro_kernels.h"
 
 namespace fastunet {
@@ -52,56 +54,135 @@ void correlate_band(const Correlation& c, const View& x, const Band& b, float* t
   }
 }
 
-// All channels of a block, in register tiles of kOuterChannels and, for what remains, fewer.
+// The 9 taps of one input channel at once: enough sums to keep the multipliers busy where there are few channels.
 template <int VECTORS>
-void correlate_block(const Correlation& c, const View& x, Band b, float* target, ptrdiff_t channel_stride) {
-  const int channels = smaller(kBlock, x.channels - b.block * kBlock);
-  while (b.channel < channels) {
-    const int left = channels - b.channel;
-    float* const p = target + b.channel * channel_stride;
-    if (left >= kOuterChannels) {
-      correlate_band<kOuterChannels, VECTORS>(c, x, b, p, channel_stride);
-      b.channel += kOuterChannels;
-    } else if (left >= 2) {
-      correlate_band<2, VECTORS>(c, x, b, p, channel_stride);
-      b.channel += 2;
-    } else {
-      correlate_band<1, VECTORS>(c, x, b, p, channel_stride);
-      b.channel += 1;
+void correlate_channel(const Correlation& c, const View& x, const Band& b, float* target, int group) {
+  vec sums[9][VECTORS];
+  UNROLL
+  for (int tap = 0; tap < 9; ++tap) {
+    UNROLL
+    for (int v = 0; v < VECTORS; ++v) sums[tap][v] = vec{};
+  }
+  for (int row = b.first_row; row < b.last_row; ++row) {
+    const float* const pixel = x.at(b.image, b.block, row, 0) + b.channel;
+    const float* const g = c.gradient.at(b.image, b.output / kBlock, row, 0) + b.output % kBlock;
+    for (int column = 0; column < c.width(); ++column) {
+      vec gradient[VECTORS];
+      UNROLL
+      for (int v = 0; v < VECTORS; ++v)
+        gradient[v] = load(g + column * kBlock + v * kLanes / kBlock * c.gradient.block_stride + v * kLanes % kBlock);
+      UNROLL
+      for (int tap = 0; tap < 9; ++tap) {
+        const vec value = broadcast(pixel[tap / 3 * x.row_stride + (column + tap % 3) * kBlock]);
+        UNROLL
+        for (int v = 0; v < VECTORS; ++v) sums[tap][v] += value * gradient[v];
+      }
+    }
+  }
+  UNROLL
+  for (int tap = 0; tap < 9; ++tap) {
+    UNROLL
+    for (int v = 0; v < VECTORS; ++v) {
+      float* const p = target + tap * kBlock * group + v * kLanes;
+      store(p, load(p) + sums[tap][v]);
     }
   }
 }
 
-constexpr int kRowsPerBand = 8;
+constexpr int kFewChannels = 4;
+constexpr int kTapVectors = kLanes == 16 ? 2 : 1;
+
+// All channels of a block and the taps of a row of the kernel (of few channels, all taps): `target` is the block's.
+template <int VECTORS>
+void correlate_block(const Correlation& c, const View& x, Band b, float* target, int group) {
+  const int channels = smaller(kBlock, x.channels - b.block * kBlock);
+  float* const of_row = target + b.ky * c.kernel * kBlock * group;
+  for (b.kx = 0; b.kx < c.kernel; ++b.kx)
+    for (b.channel = 0; b.channel < channels;) {
+      float* const p = of_row + (b.kx * kBlock + b.channel) * group;
+      if (channels - b.channel >= kOuterChannels) {
+        correlate_band<kOuterChannels, VECTORS>(c, x, b, p, group);
+        b.channel += kOuterChannels;
+      } else if (channels - b.channel >= 2) {
+        correlate_band<2, VECTORS>(c, x, b, p, group);
+        b.channel += 2;
+      } else {
+        correlate_band<1, VECTORS>(c, x, b, p, group);
+        b.channel += 1;
+      }
+    }
+}
+
+constexpr int kRowsPerBand = 4, kMostRowSlots = 16;
+constexpr size_t kSlotSumsLimit = size_t{600} << 10;
 
 void correlate(const Correlation& c) {
-  const int outputs = c.gradient.blocks() * kBlock;
-  const int group = group_width(outputs);
+  const int outputs = c.gradient.blocks() * kBlock, group = group_width(outputs);
   const bool narrow = group < kTileOutputs;
   const int tile_outputs = narrow ? kBlock : kTileOutputs;
   const int tiles = outputs / tile_outputs, blocks = c.input.blocks(), taps = c.kernel * c.kernel;
-  const ptrdiff_t tap_stride = static_cast<ptrdiff_t>(kBlock) * group;
-  parallel(blocks * tiles * c.kernel, [&](int task, int) {
-    Band b{};
-    b.ky = task % c.kernel;
-    b.output = task / c.kernel % tiles * tile_outputs;
-    const int input_block = task / c.kernel / tiles;
+  const ptrdiff_t block_floats = static_cast<ptrdiff_t>(taps) * kBlock * group;
+  const bool few = c.kernel == 3 && c.taps_move_input && c.gradient_stride == 1 && c.input.count == 1 &&
+                   c.input.part[0].channels <= kFewChannels;
+  // Where the sums of a block of inputs and a tile of outputs lie.
+  const auto corner = [&](float* sums, int block, int output) {
+    return sums + (static_cast<ptrdiff_t>(output / group) * blocks + block) * block_floats + output % group;
+  };
+  const auto sum = [&](Band b, int input_block, float* sums) {
+    float* const target = corner(sums, input_block, b.output);
     b.block = input_block;
     const View& x = part_of(c.input, b.block);
-    float* const corner = c.weight_gradient + b.output % group +
-                          (static_cast<ptrdiff_t>(b.output / group) * blocks + input_block) * taps * tap_stride;
-    for (b.image = 0; b.image < c.gradient.images; ++b.image)
-      for (b.first_row = 0; b.first_row < c.height(); b.first_row += kRowsPerBand) {
-        b.last_row = smaller(c.height(), b.first_row + kRowsPerBand);
-        for (b.kx = 0; b.kx < c.kernel; ++b.kx) {
-          float* const target = corner + (b.ky * c.kernel + b.kx) * tap_stride;
-          if (narrow) {
-            correlate_block<kNarrowVectors>(c, x, b, target, group);
-          } else {
-            correlate_block<kTileVectors>(c, x, b, target, group);
-          }
+    narrow ? correlate_block<kNarrowVectors>(c, x, b, target, group)
+           : correlate_block<kTileVectors>(c, x, b, target, group);
+  };
+
+  const int bands = ceil_div(c.height(), kRowsPerBand), all_bands = c.gradient.images * bands;
+  const auto band_of = [&](int index) {
+    Band b{};
+    b.image = index / bands;
+    b.first_row = index % bands * kRowsPerBand;
+    b.last_row = smaller(c.height(), b.first_row + kRowsPerBand);
+    return b;
+  };
+  const ptrdiff_t weights = static_cast<ptrdiff_t>(outputs / group) * blocks * block_floats;
+  if (few || weights * sizeof(float) <= kSlotSumsLimit) {
+    const int slots = smaller(kMostRowSlots, all_bands);
+    float* const slot_sums = scratch(kGradientTiles, slots * weights);
+    parallel(slots, [&](int slot, int) {
+      float* const sums = slot_sums + slot * weights;
+      for (ptrdiff_t i = 0; i < weights; ++i) sums[i] = 0;
+      for (int index = run_begin(all_bands, slot, slots); index < run_begin(all_bands, slot + 1, slots); ++index) {
+        Band b = band_of(index);
+        if (few) {
+          for (b.output = 0; b.output < outputs; b.output += kTapVectors * kLanes)
+            for (b.channel = 0; b.channel < c.input.part[0].channels; ++b.channel)
+              group < kTapVectors * kLanes
+                  ? correlate_channel<1>(c, c.input.part[0], b, corner(sums, 0, b.output) + b.channel * group, group)
+                  : correlate_channel<kTapVectors>(c, c.input.part[0], b,
+                                                   corner(sums, 0, b.output) + b.channel * group, group);
+          continue;
         }
+        for (b.output = 0; b.output < outputs; b.output += tile_outputs)
+          for (int block = 0; block < blocks; ++block)
+            for (b.ky = 0; b.ky < c.kernel; ++b.ky) sum(b, block, sums);
       }
+    });
+    constexpr int kPiece = 4096;
+    parallel(ceil_div(static_cast<int>(weights), kPiece), [&](int task, int) {
+      const ptrdiff_t begin = static_cast<ptrdiff_t>(task) * kPiece;
+      const ptrdiff_t end = begin + kPiece < weights ? begin + kPiece : weights;
+      for (int slot = 0; slot < slots; ++slot)
+        for (ptrdiff_t i = begin; i < end; ++i) c.weight_gradient[i] += slot_sums[slot * weights + i];
+    });
+    return;
+  }
+  parallel(blocks * tiles * c.kernel, [&](int task, int) {
+    for (int index = 0; index < all_bands; ++index) {
+      Band b = band_of(index);
+      b.ky = task % c.kernel;
+      b.output = task / c.kernel % tiles * tile_outputs;
+      sum(b, task / c.kernel / tiles, c.weight_gradient);
+    }
   });
 }
 

@@ -92,8 +92,9 @@ struct WinogradBackwardWeight {
   }
 
   // sums: planes of [`blocks` * 16 inputs][group] = or += the products of a patch's v and d
+  template <class Between>
   void multiply_group(int index, int first_block, int blocks, const float* v, const float* d, int tiles, float* sums,
-                      bool add) const {
+                      bool add, const Between& between) const {
     const bool narrow = group < kTileOutputs;
     const int tile_outputs = narrow ? kBlock : kTileOutputs;
     const ptrdiff_t block_floats = static_cast<ptrdiff_t>(tiles) * kBlock;
@@ -104,9 +105,11 @@ struct WinogradBackwardWeight {
         const float* const x = v + frequency * v_stride(tiles) + first_block * block_floats;
         const float* const g = d + frequency * d_stride(tiles) + (index * group + output) / kBlock * block_floats;
         float* const target = sums + frequency * sums_stride(blocks) + output;
-        for (int channel = 0; channel < blocks * kBlock; channel += kOuterChannels)
+        for (int channel = 0; channel < blocks * kBlock; channel += kOuterChannels) {
+          between();
           multiply(x + channel / kBlock * block_floats + channel % kBlock, g, block_floats, tiles,
                    target + static_cast<ptrdiff_t>(channel) * group, group, add);
+        }
       }
   }
 
@@ -167,8 +170,16 @@ void winograd_backward_weight(const Channels& input, const View& gradient, float
       for (int index = first; index < last; ++index) {
         const Patch patch = tiling[index];
         for (int block = 0; block < blocks; ++block) conv.transform_block(patch, block, v, d, sums + sums_floats);
+        const Patch next = index + 1 < last ? tiling[index + 1] : Patch{};
+        const Channels of_gradient{{gradient}};
+        auto reads = ahead_of<T>(input, next, 2), gradient_reads = ahead_of<T>(of_gradient, next, 0);
+        const int calls = groups * W::kFrequencies * (in_blocks * kBlock / kOuterChannels);
+        const int share = ceil_div(reads.pixels(), calls), gradient_share = ceil_div(gradient_reads.pixels(), calls);
         for (int g = 0; g < groups; ++g)
-          conv.multiply_group(g, 0, in_blocks, v, d, patch.count(), sums + g * group_floats, index > first);
+          conv.multiply_group(g, 0, in_blocks, v, d, patch.count(), sums + g * group_floats, index > first, [&] {
+            reads.ask(share);
+            gradient_reads.ask(gradient_share);
+          });
       }
     });
     constexpr int kPiece = 4096;
@@ -197,7 +208,7 @@ void winograd_backward_weight(const Channels& input, const View& gradient, float
     parallel(chunks * groups, [&](int task, int thread) {
       float* const sums = threads + thread * thread_floats;
       const int g = task % groups, first = task / groups * kChunkBlocks, of_chunk = smaller(kChunkBlocks, in_blocks - first);
-      conv.multiply_group(g, first, of_chunk, v, d, patch.count(), sums, false);
+      conv.multiply_group(g, first, of_chunk, v, d, patch.count(), sums, false, [] {});
       conv.add_transformed_back(g, first, of_chunk, sums, weight_gradient);
     });
   }

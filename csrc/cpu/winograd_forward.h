@@ -104,6 +104,12 @@ struct WinogradForward {
       }
   }
 
+  Ahead<true> writes_of(const Patch& patch, int group_index) const {
+    const int top = patch.row * T - writer.top, left = patch.column * T - writer.left, blocks = group / kBlock;
+    return Ahead<true>(writer.to.values, patch.image, top, top + patch.rows * T, left, left + patch.columns * T,
+                       group_index * blocks, blocks);
+  }
+
   void transform_outputs(const Patch& patch, int group_index, const float* m) const {
     const ptrdiff_t stride = m_stride(patch.count());
     for (int channel = 0; channel < group; channel += kLanes) {
@@ -149,10 +155,16 @@ void winograd_private(const WinogradForward<T>& conv) {
     const Patch patch = tiling[index];
     for (int block = 0; block < in_blocks; ++block) conv.transform_inputs(patch, block, v);
     const int next = index + thread_count();
-    Ahead<T> ahead(conv.input, next < tiling.patches() ? tiling[next] : Patch{});
-    const int share = ahead.pixels() / (groups * Winograd<T>::kFrequencies * ceil_div(patch.count(), panel)) + 1;
+    auto reads = ahead_of<T>(conv.input, next < tiling.patches() ? tiling[next] : Patch{}, 2);
+    const int calls = Winograd<T>::kFrequencies * ceil_div(patch.count(), panel);
+    const int reads_share = ceil_div(reads.pixels(), groups * calls);
     for (int g = 0; g < groups; ++g) {
-      conv.multiply_group(v, patch.count(), 0, in_blocks, u + g * group_floats, m, [&] { ahead.ask(share); });
+      auto writes = conv.writes_of(patch, g);
+      const int writes_share = ceil_div(writes.pixels(), calls);
+      conv.multiply_group(v, patch.count(), 0, in_blocks, u + g * group_floats, m, [&] {
+        reads.ask(reads_share);
+        writes.ask(writes_share);
+      });
       conv.transform_outputs(patch, g, m);
     }
   });

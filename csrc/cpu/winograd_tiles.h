@@ -89,17 +89,19 @@ void transform_tiles(const View& x, int block, const Patch& patch, int panel, in
   }
 }
 
-// Asks for the pixels of a patch in good time, a few at each call, while another is multiplied.
-template <int T>
+// Asks for pixels in good time, a few at each call, while something else is multiplied: those that the next patch reads,
+// or, WRITES, those that this one writes, which have to come from memory too.
+template <bool WRITES>
 class Ahead {
  public:
-  Ahead(const Channels& x, const Patch& patch) : x_(x), image_(patch.image) {
+  Ahead(const Channels& x, int image, int top, int bottom, int left, int right, int first_block, int blocks)
+      : x_(x), image_(image), block_(first_block) {
     const View& view = x.part[0];
-    top_ = row_ = patch.row * T;
-    left_ = column_ = patch.column * T;
-    bottom_ = smaller(view.height, (patch.row + patch.rows) * T + 2);
-    right_ = smaller(view.width, (patch.column + patch.columns) * T + 2);
-    left_over_ = (bottom_ - top_) * (right_ - left_) * x.blocks();
+    row_ = top_ = larger(0, top);
+    column_ = left_ = larger(0, left);
+    bottom_ = smaller(view.height, bottom);
+    right_ = smaller(view.width, right);
+    left_over_ = bottom_ > top_ && right_ > left_ ? (bottom_ - top_) * (right_ - left_) * blocks : 0;
   }
 
   int pixels() const { return left_over_; }
@@ -111,7 +113,7 @@ class Ahead {
       const float* const pixel = view.at(image_, block, row_, 0);
       const int end = smaller(right_, column_ + count);
       count -= end - column_;
-      for (; column_ < end; ++column_) __builtin_prefetch(pixel + column_ * kBlock, 0, 2);
+      for (; column_ < end; ++column_) __builtin_prefetch(pixel + column_ * kBlock, WRITES ? 1 : 0, 2);
       if (column_ < right_) return;
       column_ = left_;
       if (++row_ < bottom_) continue;
@@ -122,8 +124,15 @@ class Ahead {
 
  private:
   const Channels& x_;
-  int image_, top_, bottom_, left_, right_, row_, column_, block_ = 0, left_over_;
+  int image_, block_, top_, bottom_, left_, right_, row_, column_, left_over_;
 };
+
+// What a patch of tiles reads of all channels, with `halo` pixels beyond its tiles.
+template <int T>
+Ahead<false> ahead_of(const Channels& x, const Patch& patch, int halo) {
+  return Ahead<false>(x, patch.image, patch.row * T, (patch.row + patch.rows) * T + halo, patch.column * T,
+                      (patch.column + patch.columns) * T + halo, 0, patch.count() > 0 ? x.blocks() : 0);
+}
 
 }  // namespace
 }  // namespace fastunet
