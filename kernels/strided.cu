@@ -6,9 +6,17 @@
 //          packing and a gradient back. Types are those of fastunet/backends/cuda/strided.py, in its order; a number
 //          travels as double, so that only the target's type rounds it. Targets are float, bfloat16 or int.
 //
-// Grid: ceil(elements / 256) blocks of 256 threads, the last index fastest. Cost: each element read and written once,
-// one side without coalescing where the orders differ. Tested against NumPy (tests/emulator/test_exchange.py).
+// Built with INDEX_BITS = 32 for fewer than 2**32 elements, else 64: four divisions of 64 bits an element would take
+// most of its time. Grid: ceil(elements / 256) blocks of 256 threads, the last index fastest. Cost: each element read
+// and written once, one side without coalescing where the orders differ. Tested against NumPy
+// (tests/emulator/test_exchange.py).
 #include "number.cuh"
+
+#if INDEX_BITS == 32
+using Index = unsigned;
+#else
+using Index = unsigned long long;
+#endif
 
 struct CopyArguments {
   const void* source;
@@ -20,13 +28,14 @@ struct CopyArguments {
 };
 
 KERNEL(copy, CopyArguments, 256, 8) {
-  long long rest = static_cast<long long>(blockIdx.x) * 256 + threadIdx.x, source = 0, target = 0;
+  Index rest = static_cast<Index>(blockIdx.x) * 256 + threadIdx.x;
+  long long source = 0, target = 0;
   UNROLL
   for (int axis = 3; axis >= 0; --axis) {
-    const long long index = rest % arguments.extents[axis];
-    rest /= arguments.extents[axis];
-    source += index * arguments.source_strides[axis];
-    target += index * arguments.target_strides[axis];
+    const Index extent = arguments.extents[axis], index = rest % extent;
+    rest /= extent;
+    source += static_cast<long long>(index) * arguments.source_strides[axis];
+    target += static_cast<long long>(index) * arguments.target_strides[axis];
   }
   if (rest > 0) return;
   const double number = number_at(arguments.source, source, arguments.source_type);

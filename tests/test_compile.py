@@ -151,7 +151,8 @@ def launches(architecture: str) -> frozenset[Launch]:
                 x, *(model.parameters()[f"encoder.0.conv2.{part}"] for part in ("weight", "bias")), True
             )
             ops.add(y, y).backward(y.numpy())
-            model.backend.array(View(Address(256, 4), 256, (1, 1, 1, 1), (1, 1, 1, 1), "uint8"))
+            for extent in (1, 2**16):
+                model.backend.array(View(Address(256, 4), 256, (1, extent, extent, 1), (1, 1, 1, 1), "uint8"))
             Predictor(model)(View(Address(256, 4), 256, (side, side, in_channels), (1, 1, 1), "float64"))
     return frozenset(device.launches)
 

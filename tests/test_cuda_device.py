@@ -36,6 +36,8 @@ def fake_cupy(
         **modules,
     )
 
+    current = []
+
     class Device:
         attributes = {"MultiProcessorCount": 132, "MaxSharedMemoryPerBlockOptin": 232448}  # noqa: RUF012
         compute_capability = capability
@@ -44,12 +46,14 @@ def fake_cupy(
             self.index = index
 
         def __enter__(self):
+            current.append(self.index)
             return self
 
         def __exit__(self, *error):
-            return None
+            current.pop()
 
     module = types.ModuleType("cupy")
+    module.current = current  # GPUs
     module.cuda = types.SimpleNamespace(
         runtime=runtime, Device=Device, Stream=lambda non_blocking: types.SimpleNamespace(ptr=7)
     )
@@ -245,3 +249,19 @@ def test_memory_that_is_not_there_is_a_memory_error_in_one_sentence(monkeypatch)
     ) as error:
         device.allocate(5 << 30)
     assert type(error.value) is MemoryError
+
+
+def test_what_is_captured_is_replayed_on_its_own_gpu(monkeypatch):
+    cupy, log = fake_cupy(), []
+    graph = types.SimpleNamespace(launch=lambda stream: log.append(("launch", stream.ptr, *cupy.current)))
+    stream = types.SimpleNamespace(
+        ptr=7,
+        begin_capture=lambda: log.append(("begin", *cupy.current)),
+        end_capture=lambda: log.append(("end", *cupy.current)) or graph,
+    )
+    cupy.cuda.Stream = lambda non_blocking: stream
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    replay = CupyDevice(1).capture(lambda: log.append("work"))
+    assert log == [("begin", 1), "work", ("end", 1)]
+    replay()
+    assert log[3:] == [("launch", 7, 1)] and not cupy.current

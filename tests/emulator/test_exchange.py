@@ -55,9 +55,10 @@ def numbers(rng, shape, kind: str) -> torch.Tensor:
 # ---- The kernel -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("index_bits", [32, 64])
 @pytest.mark.parametrize("target_type", strided.TYPES[:3])
 @pytest.mark.parametrize("source_type", strided.TYPES)
-def test_copy(device, rng, source_type, target_type):
+def test_copy(device, rng, source_type, target_type, index_bits):
     """From inside an array in one order of axes into one in another; what lies between is left alone."""
     shape = (2, 3, 5, 37)
     whole = numbers(rng, (38, 5, 4, 2), source_type)
@@ -79,7 +80,8 @@ def test_copy(device, rng, source_type, target_type):
         strided.TYPES.index(source_type),
         strided.TYPES.index(target_type),
     )
-    run(device, strided.copy(shape), 32, arguments)
+    launch = strided.copy(shape)._replace(defines=(f"-DINDEX_BITS={index_bits}",))
+    run(device, launch, 32, arguments)
     found = device.download(memory.pointer, untouched.shape, untouched.dtype)
     places = np.add.outer(
         np.add.outer(np.arange(2) * target_strides[0], np.arange(3) * target_strides[1]),
@@ -92,6 +94,11 @@ def test_copy(device, rng, source_type, target_type):
     }[target_type]()
     np.testing.assert_array_equal(found[places], expected)
     np.testing.assert_array_equal(np.delete(found, places.ravel()), 12345)
+
+
+def test_indices_are_as_wide_as_they_must_be():
+    for count, bits in ((1, 32), (2**32 - 256, 32), (2**32 - 255, 64), (2**35, 64)):
+        assert strided.copy((count,)).defines == (f"-DINDEX_BITS={bits}",)
 
 
 # ---- In -------------------------------------------------------------------------------------------------------------

@@ -38,14 +38,14 @@ def as_float(values: np.ndarray, kind: str) -> np.ndarray:
 
 
 def laid_out(device, rng, kind: str, shape: tuple[int, int, int], layout: str) -> tuple[View, np.ndarray]:
-    """An image on the device and what it holds; as it comes, channels first, or every other pixel backwards."""
+    """An image on the device and what it holds; as it comes, channels first, or part of every other pixel backwards."""
     height, width, channels = shape
     if layout == "channels first":
         whole = drawn(rng, kind, (channels, height, width))
         seen = whole.transpose(1, 2, 0)
     elif layout == "backwards":
-        whole = drawn(rng, kind, (height, 2 * width, channels + 1))
-        seen = whole[::-1, ::-2, :channels]
+        whole = drawn(rng, kind, (height, 2 * width + 3, channels + 1))
+        seen = whole[::-1, ::-2, :channels][:, :width]
     else:
         whole = seen = drawn(rng, kind, shape)
     memory = put_flat(device, whole)
@@ -77,12 +77,19 @@ def test_grey_values(table, rng, kind, shape, layout):
 
 
 def test_the_order_of_blocks_changes_no_bit(table, rng, monkeypatch):
-    view, _ = laid_out(table.device, rng, "float64", (80, 90, 2), "as it comes")
+    """Nor that of two parts or three for each thread of the last sum."""
+    monkeypatch.setattr(host, "PIXELS_OF_A_PART", 5)
+    view, values = laid_out(table.device, rng, "float64", (50, 60, 1), "as it comes")
+    assert host.grey_parts(*view.shape).grid[0] == 600
     found = []
     for seed in range(3):
         monkeypatch.setattr(table.device, "seed", seed, raising=False)
-        found.append(table.grey_values(view, True))
+        found += table.grey_values(view, True)
     assert found[0] == found[1] == found[2]
+    (expected,) = statistics(values, True)
+    assert (found[0].low, found[0].high) == (expected.low, expected.high)
+    assert found[0].mean == pytest.approx(expected.mean, rel=1e-13)
+    assert found[0].deviation == pytest.approx(expected.deviation, rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64", "bfloat16"])

@@ -105,6 +105,7 @@ LAYOUTS = {
     "channels first": lambda image: image.permute(2, 0, 1).contiguous().permute(1, 2, 0),
     "columns first": lambda image: image.transpose(0, 1).contiguous().transpose(0, 1),
     "a part": lambda image: torch.nn.functional.pad(image, (0, 3, 2, 1))[:, 2:-1, : image.shape[2]],
+    "every other channel": lambda image: image.repeat_interleave(2, 2)[..., ::2],
     "every other": lambda image: image.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2],
 }
 DEVICE_IMAGES = [
@@ -113,8 +114,7 @@ DEVICE_IMAGES = [
     (np.uint16, 2, "minmax"),
     (np.float32, 1, "zscore"),
     (np.float64, 2, "zscore"),
-    (np.int16, 1, "none"),
-    (np.int64, 2, "minmax"),
+    (np.int64, 2, "none"),
     (bool, 1, "zscore"),
     (np.int8, 3, [[3.5, 0.1]] * 3),
 ]
@@ -146,7 +146,7 @@ def test_an_image_on_the_device_is_predicted_there(
     """As from the host; float sums are in another order: 1e-13 of a scale, a rounding of float32 in a few pixels."""
     _, twin = twins(rng, "fp32", channels=channels)
     twin.normalization = rule
-    image = image_of(rng, dtype, 9, 12, channels)
+    image = image_of(rng, dtype, 5, 8, channels)
     if np.dtype(dtype).kind == "i":
         image -= image.dtype.type(100)
     given = LAYOUTS[layout](on_device(image, device))

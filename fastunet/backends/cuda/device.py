@@ -317,7 +317,12 @@ class CupyDevice:
                 work()
             finally:
                 graph = self._stream.end_capture()
-        return lambda: graph.launch(self._stream)
+
+        def replay() -> None:
+            with self._device:
+                graph.launch(self._stream)
+
+        return replay
 
     def mark(self) -> Callable[[], None]:
         with self._device:

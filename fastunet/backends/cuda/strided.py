@@ -27,4 +27,7 @@ class CopyArguments(ctypes.Structure):
 
 def copy(shape: tuple[int, ...]) -> Launch:
     """Launch of copy, of arrays of a shape."""
-    return Launch("strided.cu", "copy", (), (blocks(math.prod(shape), THREADS), 1, 1), THREADS, 0)
+    count = math.prod(shape)
+    # The last block's threads count up to a multiple of their number.
+    defines = ("-DINDEX_BITS=32",) if count <= 2**32 - THREADS else ("-DINDEX_BITS=64",)
+    return Launch("strided.cu", "copy", defines, (blocks(count, THREADS), 1, 1), THREADS, 0)

@@ -580,7 +580,13 @@ class CudaBackend:
         return self._conv3x3_forward(x, skip, weight, bias, outputs, relu, pooling=False)[0]
 
     def conv3x3_maxpool2x2_forward(
-        self, x: Array, weight: Buffer, bias: Buffer, outputs: int
+        self,
+        x: Array,
+        weight: Buffer,
+        bias: Buffer,
+        outputs: int,
+        kept: tuple[int, int] | None = None,
+        wants_choice: bool = True,
     ) -> tuple[Array, Array, Array]:
         y, pooled = self._conv3x3_forward(x, None, weight, bias, outputs, relu=True, pooling=True)
         if pooled is None:
