@@ -25,6 +25,7 @@ from fastunet.data.samples import (
     prepare,
 )
 from fastunet.data.samples_cuda import DeviceSamples
+from fastunet.data.warp import apply_warp
 from fastunet.errors import DataError
 
 TILE, OUTPUT = 8, 4
@@ -90,20 +91,19 @@ def test_samples_are_those_of_the_cpu(rng, channels):
 
 
 def test_a_tile_without_weight_is_drawn_again_as_on_the_cpu(rng):
-    # A third of the image has weight, and it takes a third of a third to be sure to meet it at once.
     weights = np.zeros((30, 30), np.float32)
     weights[:, 10:14] = 1
-    flat = PreparedImage("flat", np.ones((30, 30, 1), np.float32), weights.astype(np.uint8), weights)
-    seed = int(rng.integers(1000))
-    with on_device([flat], 0, seed) as found, HostSamples([flat], TILE, OUTPUT, seed) as expected:
-        draws = {}
-        warped = found._start
-        found._start = lambda buffer, *draw: draws.update({id(draw): draw}) or warped(buffer, *draw)
-        for _ in range(5):
-            sample = fetched(next(found))
-            assert sample.weights.any()
-            assert_same(sample, next(expected))
-        assert len(draws) > 5
+    stripe = PreparedImage("stripe", np.ones((30, 30, 1), np.float32), weights.astype(np.uint8), weights)
+    while True:
+        seed = int(rng.integers(1 << 30))
+        with HostSamples([stripe], TILE, OUTPUT, seed) as expected:
+            _, first = next(expected._draws(0))
+            if not apply_warp(stripe.image, stripe.classes, weights, first)[2].any():
+                break
+    with on_device([stripe], 0, seed) as found:
+        sample = fetched(next(found))
+    assert sample.weights.any()
+    assert_same(sample, expected.sample(0))
 
 
 @pytest.mark.parametrize("preset", ["paper2015", "falk2019"])
@@ -228,7 +228,7 @@ def test_a_run_learns_from_them_what_it_learns_from_the_cpus(rng, tmp_path, monk
     image = (100 + 50 * np.sin(rows / 4) + 50 * np.cos(columns / 5)).astype(np.uint8)
     data = dataset_of_arrays([image], [(image > 100).astype(np.uint8)], Meaning("binary"))
     settings = training.Settings(
-        steps=3, base_channels=1, depth=1, tile=20, device=DEVICE, precision="fp32", threads=1
+        steps=2, base_channels=1, depth=1, tile=20, device=DEVICE, precision="fp32", threads=1
     )
     losses = []
     for kind in (DeviceSamples, HostSamples):
@@ -238,6 +238,6 @@ def test_a_run_learns_from_them_what_it_learns_from_the_cpus(rng, tmp_path, monk
             losses.append([float(row["loss"]) for row in csv.DictReader(file)])
         assert type(opened[-1]) is kind
         monkeypatch.setattr(CudaBackend, "stream", None)
-    assert len(set(losses[0])) == 3
+    assert len(set(losses[0])) == 2
     # Grey values of one standard deviation, off by 2^-12, and a label or two of 16 that another pixel decides.
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.05)
