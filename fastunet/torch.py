@@ -314,8 +314,10 @@ class _Pass:
         engine.pack(tensors[self._count :], wanted_by=self._mark)
         if engine.parameters is not None:
             engine.parameters.gradients_buffer[...] = 0
-        # A loss's own gradient is on the device: all others are in proportion to it.
-        self._result.backward(1.0 if gradient.ndim == 0 else gradient)
+        # A loss's own gradient stays on the device, for all others are in proportion to it. It is taken for the order
+        # of the streams: PyTorch may still have to read what it has let go.
+        given = engine.backend.given(gradient)
+        self._result.backward(1.0 if gradient.ndim == 0 else given)
         found: list[torch.Tensor | None] = []
         for x in self._inputs:
             x_gradient = x.device_gradient

@@ -72,6 +72,22 @@ def test_nobody_waits_for_a_training_step(device, dtype, rng, host_is_idle, head
         assert torch.equal(0.5 * one, other) and one.any()
 
 
+def test_the_way_back_follows_what_pytorch_was_given_before(device, dtype, rng, monkeypatch):
+    """A gradient that is taken orders the streams: before the first kernel, though a loss's is not read."""
+    model, (x, labels, weights) = network(rng, device, dtype), sample(rng)
+    loss = model.loss(x, labels, weights)
+    table, log = model._engine.backend, []
+    for owner, name in ((table, "given"), (table.device, "launch")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *given, name=name, real=real: log.append((name, *given)) or real(*given)
+        )
+    loss.backward()
+    name, gradient = log[0]
+    assert name == "given" and isinstance(gradient, torch.Tensor) and gradient.shape == ()
+    assert log[-1][0] == "launch"
+
+
 def test_tensors_are_read_where_they_are(device, dtype, monkeypatch, host_is_idle):
     """In channels_last and the kernels' type; weights are packed and results given without the host."""
     host_is_idle()
