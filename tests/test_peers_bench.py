@@ -48,8 +48,8 @@ def dying(task: peers_engines.Task) -> peers_engines.Pass:
 
 
 def keeping(task: peers_engines.Task, megabytes: int) -> peers_engines.Pass:
-    """An engine that is built with three times the memory it keeps, and takes as much again for a pass."""
-    values = np.ones((3 * megabytes, 10**6 // 4), np.float32)[:megabytes].copy()
+    """An engine that is built with ten times the memory it keeps, and takes as much again for a pass."""
+    values = np.ones((10 * megabytes, 10**6 // 4), np.float32)[:megabytes].copy()
     return lambda: values + 1
 
 
@@ -99,7 +99,7 @@ def test_who_fails_or_computes_something_else_is_left_out(task):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak")
 def test_memory_is_what_stays_and_what_a_pass_takes(task, rng):
-    megabytes = int(rng.integers(40, 80))
+    megabytes = int(rng.integers(20, 40))
     worker = peers_turns.Worker(replace(REFERENCE, build=partial(keeping, megabytes=megabytes)), task)
     worker.close()
     # Beside the weights the results of all first passes are kept; the interpreter takes a few MB of its own.
