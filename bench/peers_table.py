@@ -205,7 +205,8 @@ def _cell(rows: dict[tuple[str, int], Row], engine: str, base: int) -> str:
     row, ours = rows.get((engine, base)), rows.get(("fastunet", base))
     if row is None:
         return "-"
-    told = f"{statistics.median(row['ms']):.0f} ms"
+    milliseconds = statistics.median(row["ms"])
+    told = f"{milliseconds:.{0 if milliseconds >= 100 else 1}f} ms"
     if ours is None or ours is row:
         return told
     return f"{told} ({statistics.median(_ratios(row, ours)):.1f}x)"
