@@ -28,17 +28,28 @@ struct Block {
   Block& operator=(const Block&) = delete;
 };
 
+struct PendingLayer;
+
 // A tensor of float32 in blocks of 16 channels, or the centre of one. Lanes beyond the last channel are zero.
 struct Array {
   View view;
-  int height, width;  // of the tensor; where the view is smaller, only the tensor's centre was kept
+  std::shared_ptr<PendingLayer> pending;  // a first layer that has not been computed; then there is no block
+  int height, width;                      // of the tensor; where the view is smaller, only the tensor's centre was kept
   std::shared_ptr<Block> block;
-  int border = 0;          // pixels around the view that are zero
-  bool rectified = false;  // the output of a ReLU: a gradient of it is made `masked`, with the border that its way needs
-  bool masked = false;     // a gradient that is 0 already where that ReLU lets nothing through
+  int border = 0;  // pixels around the view that are zero
+  bool rectified =
+      false;            // the output of a ReLU: a gradient of it is made `masked`, with the border that its way needs
+  bool masked = false;  // a gradient that is 0 already where that ReLU lets nothing through
 
   Array(int images, int height, int width, int channels, int border = 0)
-      : height(height), width(width), border(border) {
+      : Array(nullptr, images, height, width, channels, border) {
+    block = std::make_shared<Block>(static_cast<size_t>(view.image_stride) * images);
+    view.data = block->data + border * view.row_stride + border * kBlock;
+    if (border > 0) clear_border();
+  }
+
+  Array(std::shared_ptr<PendingLayer> pending, int images, int height, int width, int channels, int border = 0)
+      : pending(std::move(pending)), height(height), width(width), border(border) {
     if (images < 1 || height < 1 || width < 1 || channels < 1)
       throw std::invalid_argument("an array of shape (" + std::to_string(images) + ", " + std::to_string(height) +
                                   ", " + std::to_string(width) + ", " + std::to_string(channels) +
@@ -50,9 +61,6 @@ struct Array {
     view.row_stride = static_cast<ptrdiff_t>(width + 2 * border) * kBlock;
     view.block_stride = view.row_stride * (height + 2 * border);
     view.image_stride = view.block_stride * view.blocks();
-    block = std::make_shared<Block>(static_cast<size_t>(view.image_stride) * images);
-    view.data = block->data + border * view.row_stride + border * kBlock;
-    if (border > 0) clear_border();
   }
 
   py::tuple shape() const { return py::make_tuple(view.images, height, width, view.channels); }
@@ -62,6 +70,7 @@ struct Array {
            std::to_string(view.channels) + ")";
   }
 
+  // Of a pending layer, it is computed.
   Array centre(int rows, int columns) const {
     if (rows > view.height || columns > view.width)
       throw std::invalid_argument("of an array of shape " + describe() + " only the centre of " +
@@ -69,7 +78,9 @@ struct Array {
                                   " pixels was kept, and " + std::to_string(rows) + " x " + std::to_string(columns) +
                                   " were asked for");
     Array crop = *this;
-    crop.view.data = view.at(0, 0, (view.height - rows) / 2, (view.width - columns) / 2);
+    crop.pending = nullptr;
+    crop.view = whole_or_kept();
+    crop.view.data = crop.view.at(0, 0, (view.height - rows) / 2, (view.width - columns) / 2);
     crop.view.height = crop.height = rows;
     crop.view.width = crop.width = columns;
     if (rows != view.height || columns != view.width) crop.border = 0;
@@ -79,8 +90,10 @@ struct Array {
   // All of it, or it throws.
   const View& whole() const {
     if (view.height != height || view.width != width) centre(height, width);
-    return view;
+    return whole_or_kept();
   }
+
+  const View& whole_or_kept() const;
 
   void clear_border() const {
     const size_t side = static_cast<size_t>(border) * kBlock * sizeof(float);
@@ -99,6 +112,22 @@ struct Array {
   }
 };
 
+// See FirstLayer. It has weights of its own, for those given may change before it is read.
+struct PendingLayer {
+  Array image;
+  std::vector<float> weight, bias;
+  FirstLayer layer;
+  Array values;  // once somebody needs all of them
+  bool computed = false;
+
+  PendingLayer(const Array& image, std::vector<float> weights, std::vector<float> biases, bool relu, int outputs)
+      : image(image),
+        weight(std::move(weights)),
+        bias(std::move(biases)),
+        layer{image.view, weight.data(), bias.data(), relu},
+        values(nullptr, image.view.images, image.view.height - 2, image.view.width - 2, outputs) {}
+};
+
 constexpr int kGradientBorder = 2;  // what a 3x3 convolution's data gradient reads beyond its gradient
 
 // For the gradient of x.
@@ -108,7 +137,7 @@ Array gradient_of(const Array& x) {
   return gradient;
 }
 
-View mask_of(const Array& x) { return x.rectified ? x.view : View{}; }
+View mask_of(const Array& x) { return x.rectified ? x.whole() : View{}; }
 
 using Floats = py::array_t<float, py::array::c_style>;
 using Labels = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
@@ -120,6 +149,27 @@ auto run(const Body& body) {
   py::gil_scoped_release unlocked;
   Engine turn;
   return body();
+}
+
+const View& Array::whole_or_kept() const {
+  if (pending == nullptr) return view;
+  run([&] {
+    PendingLayer& p = *pending;
+    if (p.computed) return;
+    const View& v = p.values.view;
+    p.values = Array(v.images, v.height, v.width, v.channels);
+    Destination to(Channels{{p.values.view}}, v.height, v.width);
+    to.bias = p.layer.bias;
+    to.relu = p.layer.relu;
+    kernels().conv3x3_forward(Channels{{p.layer.image}}, p.layer.weight, to, Algorithm::kDirect);
+    p.computed = true;
+  });
+  return pending->values.view;
+}
+
+// A first layer that nobody has computed and that may stay so.
+const FirstLayer* first_layer_of(const Array& x) {
+  return x.pending != nullptr && !x.pending->computed ? &x.pending->layer : nullptr;
 }
 
 void expect(bool holds, const std::string& sentence) {
@@ -176,11 +226,12 @@ void clear(const Array& array) { std::memset(array.block->data, 0, array.block->
 // --------------------------------------------------------------------------------------------------
 // convolution 3x3
 
-// [the skip's centre, x] as one input.
-Channels concatenation(const Array& x, const std::optional<Array>& skip) {
+// [the skip's centre, x] as one input; a first layer as it is, where it `may_be_pending`.
+Channels concatenation(const Array& x, const std::optional<Array>& skip, bool may_be_pending) {
   Channels input;
   if (!skip) {
-    input.part[0] = x.whole();
+    input.first_layer = may_be_pending ? first_layer_of(x) : nullptr;
+    input.part[0] = input.first_layer != nullptr ? x.view : x.whole();
     return input;
   }
   expect(skip->view.images == x.view.images && skip->height >= x.height && skip->width >= x.width,
@@ -195,18 +246,23 @@ ptrdiff_t weight_floats(int input_blocks, int outputs, int taps) {
   return static_cast<ptrdiff_t>(input_blocks) * kBlock * padded(outputs) * taps;
 }
 
+constexpr int kFirstLayerChannels = 4;  // of more, computing a layer again would cost more than it saves
+
 // What a convolution computes, but for where it goes.
 struct Convolution3x3 {
   Channels input;
   const float *weight, *bias;
   int images, height, width, outputs;
 
+  Algorithm algorithm;
+
   Convolution3x3(const Array& x, const std::optional<Array>& skip, const Floats& weight_values,
-                 const Floats& bias_values, int outputs)
+                 const Floats& bias_values, int outputs, const std::string& algorithm_name)
       : images(x.view.images), height(x.view.height - 2), width(x.view.width - 2), outputs(outputs) {
     expect(x.view.height >= 3 && x.view.width >= 3,
            "conv3x3 was given an input of shape " + x.describe() + "; it must be at least 3 x 3 pixels");
-    input = concatenation(x, skip);
+    algorithm = algorithm_named(algorithm_name);
+    input = concatenation(x, skip, kernels().uses_winograd(algorithm, x.view.channels, outputs, height, width));
     weight = expect_floats(weight_values, weight_floats(input.blocks(), outputs, 9), "the weight of conv3x3");
     bias = expect_floats(bias_values, padded(outputs), "the bias of conv3x3");
   }
@@ -221,11 +277,18 @@ struct Convolution3x3 {
 
 Array conv3x3_forward(const Array& x, const std::optional<Array>& skip, const Floats& weight, const Floats& bias,
                       int outputs, bool relu, const std::string& algorithm) {
-  const Convolution3x3 c(x, skip, weight, bias, outputs);
-  const Algorithm chosen = algorithm_named(algorithm);
+  const Convolution3x3 c(x, skip, weight, bias, outputs, algorithm);
+  if (!skip && x.pending == nullptr && x.view.channels <= kFirstLayerChannels && c.algorithm != Algorithm::kDirect) {
+    const auto pending =
+        std::make_shared<PendingLayer>(x, std::vector<float>(c.weight, c.weight + weight.size()),
+                                       std::vector<float>(c.bias, c.bias + bias.size()), relu, outputs);
+    Array output(pending, c.images, c.height, c.width, outputs);
+    output.rectified = relu;
+    return output;
+  }
   Array output(c.images, c.height, c.width, outputs);
   output.rectified = relu;
-  run([&] { kernels().conv3x3_forward(c.input, c.weight, c.to(output, relu), chosen); });
+  run([&] { kernels().conv3x3_forward(c.input, c.weight, c.to(output, relu), c.algorithm); });
   return output;
 }
 
@@ -249,13 +312,12 @@ std::tuple<Array, Array, std::optional<Choice>> conv3x3_maxpool2x2_forward(const
                                                                            int kept_height, int kept_width,
                                                                            bool wants_choice,
                                                                            const std::string& algorithm) {
-  const Convolution3x3 c(x, std::nullopt, weight, bias, outputs);
+  const Convolution3x3 c(x, std::nullopt, weight, bias, outputs, algorithm);
   expect(c.height >= 2 && c.width >= 2, "maxpool2x2 was given the convolution of an input of shape " + x.describe() +
                                             "; it must be at least 4 x 4 pixels");
   expect(kept_height >= 1 && kept_height <= c.height && kept_width >= 1 && kept_width <= c.width,
          "the centre to be kept, " + std::to_string(kept_height) + " x " + std::to_string(kept_width) +
              " pixels, is not within the convolution of an input of shape " + x.describe());
-  const Algorithm chosen = algorithm_named(algorithm);
   Array kept(c.images, kept_height, kept_width, outputs), pooled(c.images, c.height / 2, c.width / 2, outputs);
   kept.height = c.height;
   kept.width = c.width;
@@ -266,7 +328,7 @@ std::tuple<Array, Array, std::optional<Choice>> conv3x3_maxpool2x2_forward(const
     Destination to = c.to(kept, true);
     to.pooled = pooled.view;
     to.choice = choice ? choice->data() : nullptr;
-    kernels().conv3x3_forward(c.input, c.weight, to, chosen);
+    kernels().conv3x3_forward(c.input, c.weight, to, c.algorithm);
   });
   return {kept, pooled, choice};
 }
@@ -286,23 +348,25 @@ std::pair<std::optional<Array>, std::optional<Array>> conv3x3_backward(const Arr
   expect(!masks || (relu_output->height == g.height && relu_output->width == g.width &&
                     relu_output->view.images == g.images && relu_output->view.channels == g.channels),
          "conv3x3's gradient has shape " + gradient.describe() + ", which is not that of its output");
-  const Channels input = concatenation(x, skip);
+  const Algorithm chosen = algorithm_named(algorithm);
+  const Channels input =
+      concatenation(x, skip, kernels().uses_winograd(chosen, x.view.channels, g.channels, g.height, g.width));
   const ptrdiff_t floats = weight_floats(input.blocks(), g.channels, 9);
   const float* w = expect_floats(weight, floats, "the weight of conv3x3");
   float* dw = expect_mutable(weight_gradient, floats, "the weight gradient of conv3x3");
   float* db = expect_mutable(bias_gradient, padded(g.channels), "the bias gradient of conv3x3");
-  const Algorithm chosen = algorithm_named(algorithm);
+  const View x_mask = input.first_layer != nullptr ? View{} : mask_of(x);
+  const View output_mask = masks ? relu_output->whole_or_kept() : g;
   std::optional<Array> x_gradient, skip_gradient;
   run([&] {
     std::optional<Array> copy;  // where the gradient does not come as it is needed
     if (masks || gradient.border < kGradientBorder) {
       copy.emplace(g.images, g.height, g.width, g.channels, kGradientBorder);
-      const View& output = masks ? relu_output->view : g;
-      const bool all = output.height == g.height && output.width == g.width;
-      kernels().mask(g, masks && all ? output : View{}, copy->view);
+      const bool all = output_mask.height == g.height && output_mask.width == g.width;
+      kernels().mask(g, masks && all ? output_mask : View{}, copy->view);
       if (masks && !all) {  // beyond the centre, the gradient came through a pooling, masked
-        const View centre = copy->centre(output.height, output.width).view;
-        kernels().mask(centre, output, centre);
+        const View centre = copy->centre(output_mask.height, output_mask.width).view;
+        kernels().mask(centre, output_mask, centre);
       }
     }
     const View& ready = copy ? copy->view : g;
@@ -310,14 +374,14 @@ std::pair<std::optional<Array>, std::optional<Array>> conv3x3_backward(const Arr
     if (!wants_input) return;
     x_gradient = gradient_of(x);
     Destination to(Channels{{x_gradient->view}}, x.view.height, x.view.width);
-    to.mask[0] = mask_of(x);
+    to.mask[0] = x_mask;
+    if (x.rectified) to.mask_first_layer = input.first_layer;
     if (skip) {
-      const Array centre = skip->centre(x.view.height, x.view.width);
       skip_gradient.emplace(x.view.images, x.height, x.width, skip->view.channels);
       skip_gradient->masked = skip->rectified;
       to.values = Channels{{skip_gradient->view, x_gradient->view}, 2};
       to.mask[1] = to.mask[0];
-      to.mask[0] = mask_of(centre);
+      to.mask[0] = skip->rectified ? input.part[0] : View{};
     }
     kernels().conv3x3_backward_data(ready, w, to, chosen);
   });
@@ -347,10 +411,12 @@ std::optional<Array> upconv2x2_backward(const Array& gradient, const Array& x, c
   float* db = expect_mutable(bias_gradient, padded(g.channels), "the bias gradient of upconv2x2");
   std::optional<Array> x_gradient;
   if (wants_input) x_gradient = gradient_of(x);
+  const View& v = x.whole();
+  const View mask = mask_of(x);
   run([&] {
     kernels().add_pixels(g, db);
-    kernels().upconv2x2_backward_weight(x.view, g, dw);
-    if (wants_input) kernels().upconv2x2_backward_data(g, w, x_gradient->view, mask_of(x));
+    kernels().upconv2x2_backward_weight(v, g, dw);
+    if (wants_input) kernels().upconv2x2_backward_data(g, w, x_gradient->view, mask);
   });
   return x_gradient;
 }
@@ -375,10 +441,12 @@ std::optional<Array> conv1x1_backward(const Array& gradient, const Array& x, con
   float* db = expect_mutable(bias_gradient, padded(g.channels), "the bias gradient of conv1x1");
   std::optional<Array> x_gradient;
   if (wants_input) x_gradient = gradient_of(x);
+  const View& v = x.whole();
+  const View mask = mask_of(x);
   run([&] {
     kernels().add_pixels(g, db);
-    kernels().conv1x1_backward_weight(x.view, g, dw);
-    if (wants_input) kernels().conv1x1_backward_data(g, w, x_gradient->view, mask_of(x));
+    kernels().conv1x1_backward_weight(v, g, dw);
+    if (wants_input) kernels().conv1x1_backward_data(g, w, x_gradient->view, mask);
   });
   return x_gradient;
 }
@@ -444,7 +512,8 @@ std::pair<double, std::optional<Array>> softmax_cross_entropy(const Array& logit
 
 Array softmax(const Array& logits) {
   Array probabilities = like(logits);
-  run([&] { kernels().softmax(logits.whole(), probabilities.view); });
+  const View& v = logits.whole();
+  run([&] { kernels().softmax(v, probabilities.view); });
   return probabilities;
 }
 
@@ -453,7 +522,8 @@ Array dropout(const Array& x, float rate, uint64_t seed, uint64_t draw) {
   Array output(x.view.images, x.view.height, x.view.width, x.view.channels, x.border);
   output.rectified = x.rectified;
   output.masked = x.masked;
-  run([&] { kernels().dropout(x.whole(), output.view, rate, seed, draw); });
+  const View& v = x.whole();
+  run([&] { kernels().dropout(v, output.view, rate, seed, draw); });
   return output;
 }
 
@@ -486,7 +556,7 @@ PYBIND11_MODULE(_fastunet, module) {
       .def_static("from_pixels", &from_pixels, "pixels"_a, "Copies a contiguous float32 (N, H, W, C).")
       .def("pixels", &to_pixels, "A copy as (N, H, W, C).")
       .def_property_readonly("shape", &Array::shape)
-      .def_property_readonly("nbytes", [](const Array& a) { return a.block->floats * sizeof(float); });
+      .def_property_readonly("nbytes", [](const Array& a) { return a.block ? a.block->floats * sizeof(float) : 0; });
 
   py::class_<Choice>(module, "Choice", "Which pixel won each 2x2 of a pooling.")
       .def_property_readonly("nbytes", [](const Choice& c) { return c.bytes->floats * sizeof(float); });

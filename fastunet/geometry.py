@@ -5,6 +5,13 @@ doubles it and two convolutions take 4 again. A side n halves evenly at every po
 multiple of 2**depth.
 """
 
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Side = TypeVar("Side", int, NDArray[np.int64])
+
 
 def border(depth: int = 4) -> int:
     """Pixels lost on each side between input and output: 2, 8, 20, 44, 92, 188, 380 for depths 0 to 6."""
@@ -44,7 +51,7 @@ def input_size(m: int, depth: int = 4) -> int:
     return -(-(m + 2 * border(depth) + 4) // step) * step - 4
 
 
-def skip_size(m: int, level: int) -> int:
+def skip_size(m: Side, level: int) -> Side:
     """Side of the centre of a level's skip that the way up to an output of `m` pixels reads (388 -> 392 at level 0)."""
     side = m + 4
     for _ in range(level):

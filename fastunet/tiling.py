@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from fastunet.geometry import border, input_size, is_valid_input, nearest_inputs, output_size, skip_size
 from fastunet.memory import UNLIMITED, format_bytes
 
-# The engine keeps freed blocks for requests of the same size: resident memory came to 1.3 to 1.8 times the
-# activations alive at once, on tiles of 572 to 2508 pixels of networks of depth 1 to 4; and its kernels' own buffers
-# to 2 to 31 MiB. On a GPU the memory planned for a recorded tile came to 1.0 to 1.4 times the activations.
-KEPT = 1.8
+# Channels lie in blocks; the first layer of an image of so few channels is computed as it is read by whole blocks.
+BLOCK = 16
+IMAGE_CHANNELS = 4
+# The kernels' own buffers came to 2 to 31 MiB.
 SCRATCH = 32 << 20
 
 
@@ -107,7 +107,7 @@ def plan_tiles(
     network: Network,
     tile: int | str = "auto",
     memory: int = UNLIMITED,
-    element_bytes: int = 4,
+    element_bytes: float = 4,
 ) -> TilePlan:
     """Plan the prediction of an image.
 
@@ -119,7 +119,7 @@ def plan_tiles(
         computes the fewest pixels altogether. An axis shorter than the tile takes the smallest input that
         covers it.
     memory : bytes the prediction may take; where the tile wanted needs more, a smaller one is planned
-    element_bytes : of a number of an activation
+    element_bytes : of a number of an activation, with what the backend loses between them
 
     Raises
     ------
@@ -195,7 +195,7 @@ def prediction_bytes(
     tile_height: int | NDArray[np.int64],
     tile_width: int | NDArray[np.int64],
     network: Network,
-    element_bytes: int = 4,
+    element_bytes: float = 4,
 ) -> NDArray[np.int64]:
     """Bytes a prediction takes beyond the network's weights, for one tile size or for arrays of sizes.
 
@@ -204,7 +204,7 @@ def prediction_bytes(
     """
     whole = 4 * height * width * (2 * network.in_channels + 3 * network.num_classes)
     activations = activation_bytes(tile_height, tile_width, network) * (element_bytes / 4)
-    return (whole + KEPT * activations + SCRATCH).astype(np.int64)
+    return (whole + activations + SCRATCH).astype(np.int64)
 
 
 def activation_bytes(
@@ -213,7 +213,8 @@ def activation_bytes(
     """Bytes of float32 activations alive at the worst moment of a forward pass over height x width pixels.
 
     The walk of the forward pass: a layer holds its input and its output; a level's second convolution goes into its
-    pooled map and the centre that the way up reads, which is kept until then. Channels are counted in blocks of 16.
+    pooled map and the centre that the way up reads, which is kept until then. The first layer of an image is computed
+    as it is read, and holds the image only. Channels are counted in blocks of 16.
     The worst moment is one of the finest level's, on the way down or, with the skip, on the way up.
     """
     height, width = np.asarray(height, np.int64), np.asarray(width, np.int64)
@@ -225,7 +226,11 @@ def activation_bytes(
         channels = network.base_channels * 2**level
         source = _bytes(height, width, network.in_channels if level == 0 else channels // 2)
         first, second = (_bytes(height - lost, width - lost, channels) for lost in (2, 4))
-        worst = np.maximum(worst, kept + source + first)
+        if level == 0 and network.in_channels <= IMAGE_CHANNELS:
+            first = source + (first if network.base_channels < BLOCK else 0)
+            worst = np.maximum(worst, first)
+        else:
+            worst = np.maximum(worst, kept + source + first)
         height, width = height - 4, width - 4
         if level == network.depth:
             worst = np.maximum(worst, kept + first + second)
@@ -270,4 +275,4 @@ def forward_flops(height: int, width: int, network: Network) -> int:
 
 
 def _bytes(height: NDArray[np.int64], width: NDArray[np.int64], channels: int) -> NDArray[np.int64]:
-    return 4 * height * width * (-(-channels // 16) * 16)
+    return 4 * height * width * (-(-channels // BLOCK) * BLOCK)

@@ -179,7 +179,9 @@ class UNet:
                 skip = drop(ops.conv3x3(x, *second, relu=True), 0)
                 x = ops.maxpool2x2(skip)
             else:
-                skip, x = ops.conv3x3_maxpool2x2(x, *second, (skip_size(height, level), skip_size(width, level)))
+                skip, x = ops.conv3x3_maxpool2x2(
+                    x, *second, (skip_size(height, level), skip_size(width, level))
+                )
             skips.append(skip)
             del skip  # it is freed where the level it is for has read it
         x = ops.conv3x3(x, *self._layer("bottleneck.conv1"), relu=True)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fastunet import UNet
-from fastunet.backends.cpu import CpuBackend
+from fastunet.backends.cpu import CpuBackend, Predictions
 from fastunet.geometry import input_size, output_size
 from fastunet.info import main
 from fastunet.tiling import forward_flops, prediction_bytes
@@ -64,7 +64,8 @@ def test_the_plan_of_an_image(capsys, model):
     # 116 -> 28, of which 24 and at the end 28 pixels: 4 rows of tiles and 7 columns.
     assert "image of 97x150 pixels on cpu, fp32: 28 tiles of 116x116 -> 28x28 (4 x 7)" in out
     assert f"{28 * forward_flops(116, 116, network) / 1e9:,.1f} GFLOP" in out
-    assert f"{prediction_bytes(97, 150, 116, 116, network) / 2**20:.0f} MiB beyond the network" in out
+    needed = prediction_bytes(97, 150, 116, 116, network, Predictions.element_bytes)
+    assert f"{needed / 2**20:.0f} MiB beyond the network" in out
     assert float(re.search(r"time +about (\S+) s", out)[1]) > 0
 
 

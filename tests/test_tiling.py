@@ -131,11 +131,14 @@ def test_operations_of_the_papers_network():
 
 
 def test_memory_of_a_network_written_out():
-    # Depth 1, base 16: sides 20, 18, 16 down, 8, 6, 4 at the bottom (32 channels), 8, 6, 4 up.
+    # Depth 1: sides 20, 18, 16 down, of which 8 are kept, 8, 6, 4 at the bottom (twice the channels), 8, 6, 4 up.
     block = 4 * 16
     first_down = block * (20**2 + 18**2)
-    finest_down = block * (18**2 + 16**2)
-    bottom = block * (16**2 + max(8**2 + 2 * 6**2, 2 * 6**2 + 2 * 4**2))
-    up = block * (16**2 + max(2 * 4**2 + 8**2, 8**2 + 6**2))
+    finest_down = block * (8**2 + 18**2 + 8**2)
+    bottom = block * (8**2 + max(8**2 + 2 * 6**2, 2 * 6**2 + 2 * 4**2))
+    up = block * (8**2 + max(2 * 4**2 + 8**2, 8**2 + 6**2))
     expected = max(first_down, finest_down, bottom, up)
-    assert activation_bytes(20, 20, network(base_channels=16, depth=1)) == expected
+    assert activation_bytes(20, 20, network(in_channels=5, base_channels=16, depth=1)) == expected
+    # The first layer of an image of few channels is never there.
+    expected = max(block * (8**2 + 20**2 + 8**2), bottom, up)
+    assert activation_bytes(20, 20, network(in_channels=4, base_channels=16, depth=1)) == expected

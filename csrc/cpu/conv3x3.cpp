@@ -40,8 +40,7 @@ void convolve_to(const Channels& input, const float* weight, const Destination& 
   c.relu = to.relu;
   convolve(c);
   for (int part = 0; part < to.values.count; ++part)
-    if (to.mask[part].data != nullptr)
-      FASTUNET_ISA::mask(to.values.part[part], to.mask[part], to.values.part[part]);
+    if (to.mask[part].data != nullptr) FASTUNET_ISA::mask(to.values.part[part], to.mask[part], to.values.part[part]);
   if (to.pooled.data != nullptr) FASTUNET_ISA::maxpool2x2_forward(computed.part[0], true, to.pooled, to.choice);
   if (!whole) {
     View centre = computed.part[0];
@@ -58,12 +57,20 @@ int channel_count(const Channels& c) { return c.part[0].channels + (c.count == 2
 
 namespace FASTUNET_ISA {
 
+bool uses_winograd(Algorithm algorithm, int inputs, int outputs, int height, int width) {
+  return chosen(algorithm, inputs, outputs, height, width) != Algorithm::kDirect;
+}
+
 void conv3x3_forward(const Channels& input, const float* weight, const Destination& to, Algorithm algorithm) {
   switch (chosen(algorithm, channel_count(input), channel_count(to.values), to.height, to.width)) {
-    case Algorithm::kWinograd2: return winograd_forward<2>(input, weight, to);
-    case Algorithm::kWinograd6: return winograd_forward<6>(input, weight, to);
-    case Algorithm::kWinograd4: return winograd_forward<4>(input, weight, to);
-    default: return convolve_to(input, weight, to);
+    case Algorithm::kWinograd2:
+      return winograd_forward<2>(input, weight, to);
+    case Algorithm::kWinograd6:
+      return winograd_forward<6>(input, weight, to);
+    case Algorithm::kWinograd4:
+      return winograd_forward<4>(input, weight, to);
+    default:
+      return convolve_to(input, weight, to);
   }
 }
 
@@ -81,10 +88,14 @@ void conv3x3_backward_data(const View& gradient, const float* weight, const Dest
 void conv3x3_backward_weight(const Channels& input, const View& gradient, float* weight_gradient, float* bias_gradient,
                              Algorithm algorithm) {
   switch (chosen(algorithm, channel_count(input), gradient.channels, gradient.height, gradient.width)) {
-    case Algorithm::kWinograd2: return winograd_backward_weight<2>(input, gradient, weight_gradient, bias_gradient);
-    case Algorithm::kWinograd6: return winograd_backward_weight<6>(input, gradient, weight_gradient, bias_gradient);
-    case Algorithm::kWinograd4: return winograd_backward_weight<4>(input, gradient, weight_gradient, bias_gradient);
-    default: break;
+    case Algorithm::kWinograd2:
+      return winograd_backward_weight<2>(input, gradient, weight_gradient, bias_gradient);
+    case Algorithm::kWinograd6:
+      return winograd_backward_weight<6>(input, gradient, weight_gradient, bias_gradient);
+    case Algorithm::kWinograd4:
+      return winograd_backward_weight<4>(input, gradient, weight_gradient, bias_gradient);
+    default:
+      break;
   }
   Correlation c{input, gradient};
   c.weight_gradient = weight_gradient;

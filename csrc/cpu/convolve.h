@@ -33,8 +33,9 @@ INLINE void convolve_segment(const Convolution& c, int group, int image, int row
     for (int pixel = 0; pixel < PIXELS; ++pixel) sums[pixel][v] = start;
   }
   const ptrdiff_t tap_stride = static_cast<ptrdiff_t>(kBlock) * group;
-  const float* weight = c.weight + (static_cast<ptrdiff_t>(output / group) * c.input.blocks() * c.taps + c.first_tap) * tap_stride +
-                        output % group;
+  const float* weight =
+      c.weight + (static_cast<ptrdiff_t>(output / group) * c.input.blocks() * c.taps + c.first_tap) * tap_stride +
+      output % group;
   for (int part = 0; part < c.input.count; ++part) {
     const View& x = c.input.part[part];
     for (int block = 0; block < x.blocks(); ++block, weight += c.taps * tap_stride) {
@@ -113,7 +114,8 @@ INLINE void transpose_square(vec (&rows)[kLanes]) {
   }
 }
 
-// weight [out / G][in / 16][taps][16][G] -> transposed [in / G'][out / 16][taps][16][G'], taps reversed where `reverse`.
+// weight [out / G][in / 16][taps][16][G] -> transposed [in / G'][out / 16][taps][16][G'], taps reversed where
+// `reverse`.
 void transpose_weight(const float* weight, int inputs, int outputs, int taps, bool reverse, float* transposed) {
   const int group = group_width(outputs), transposed_group = group_width(inputs);
   const int in_blocks = inputs / kBlock, out_blocks = outputs / kBlock;

@@ -156,10 +156,10 @@ void correlate(const Correlation& c) {
         if (few) {
           for (b.output = 0; b.output < outputs; b.output += kTapVectors * kLanes)
             for (b.channel = 0; b.channel < c.input.part[0].channels; ++b.channel)
-              group < kTapVectors * kLanes
+              group < kTapVectors* kLanes
                   ? correlate_channel<1>(c, c.input.part[0], b, corner(sums, 0, b.output) + b.channel * group, group)
-                  : correlate_channel<kTapVectors>(c, c.input.part[0], b,
-                                                   corner(sums, 0, b.output) + b.channel * group, group);
+                  : correlate_channel<kTapVectors>(c, c.input.part[0], b, corner(sums, 0, b.output) + b.channel * group,
+                                                   group);
           continue;
         }
         for (b.output = 0; b.output < outputs; b.output += tile_outputs)

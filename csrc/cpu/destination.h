@@ -22,7 +22,8 @@ struct TileWriter {
         pools(to.pooled.data != nullptr) {}
 
   // `channel` counts through all outputs; values[row][column] are those of kLanes channels from there on.
-  INLINE void write(int image, int row, int column, int channel, vec (&values)[T][T]) const {
+  // first_mask is in the place of to.mask[0].
+  INLINE void write(int image, int row, int column, int channel, vec (&values)[T][T], const View& first_mask) const {
     int block = channel / kBlock;
     const int part = block < to.values.part[0].blocks() ? 0 : 1, lane = channel % kBlock;
     if (part == 1) block -= to.values.part[0].blocks();
@@ -42,7 +43,7 @@ struct TileWriter {
       }
     }
     const View& y = to.values.part[part];
-    const View& mask = to.mask[part];
+    const View& mask = part == 0 ? first_mask : to.mask[1];
     float* const target = y.at(image, block, row - top, column - left) + lane;
     if (row >= top && column >= left && row + T <= bottom && column + T <= right) {
       if (mask.data != nullptr) {
@@ -60,15 +61,14 @@ struct TileWriter {
         for (int c = 0; c < T; ++c) store(target + r * y.row_stride + c * kBlock, values[r][c]);
       }
     } else if (row + T > top && column + T > left && row < bottom && column < right) {
-      write_part(image, row, column, block, lane, part, values);
+      write_part(image, row, column, block, lane, y, mask, values);
     }
     if (pools) pool(image, row, column, block, lane, values);
   }
 
   // A tile that reaches beyond what is kept.
-  void write_part(int image, int row, int column, int block, int lane, int part, const vec (&values)[T][T]) const {
-    const View& y = to.values.part[part];
-    const View& mask = to.mask[part];
+  void write_part(int image, int row, int column, int block, int lane, const View& y, const View& mask,
+                  const vec (&values)[T][T]) const {
     for (int r = larger(0, top - row); r < T && row + r < bottom; ++r)
       for (int c = larger(0, left - column); c < T && column + c < right; ++c) {
         vec value = values[r][c];
@@ -88,7 +88,8 @@ struct TileWriter {
         const int y = (row + r) / 2, x = (column + c) / 2;
         if (y >= p.height || x >= p.width) continue;
         int_vec choice;
-        const vec best = largest_of_four(values[r][c], values[r][c + 1], values[r + 1][c], values[r + 1][c + 1], choice);
+        const vec best =
+            largest_of_four(values[r][c], values[r][c + 1], values[r + 1][c], values[r + 1][c + 1], choice);
         choice = best > vec{} ? choice : int_vec{} + kNoChoice;
         store(p.at(image, block, y, x) + lane, best);
         if (to.choice != nullptr)

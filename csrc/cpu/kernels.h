@@ -31,24 +31,34 @@ struct View {
   }
 };
 
+// A network's first layer: the 3x3 convolution of an image of few channels, with bias and ReLU. It is little work and
+// much memory, so that whoever reads it computes what it reads.
+struct FirstLayer {
+  View image;
+  const float *weight, *bias;
+  bool relu;
+};
+
 // One or two tensors read (or written) as if their channels were concatenated. Where two, each has a multiple
-// of 16 channels or is padded to one.
+// of 16 channels or is padded to one. Where `first_layer` is given, the one part has its sizes and no data.
 struct Channels {
   View part[2];
   int count = 1;
+  const FirstLayer* first_layer = nullptr;
 
   int blocks() const { return part[0].blocks() + (count == 2 ? part[1].blocks() : 0); }
 };
 
 // What a 3x3 convolution makes of the height x width values it computes.
 struct Destination {
-  Channels values;             // all of them, or only their centre
-  int height = 0, width = 0;   // of what is computed
+  Channels values;            // all of them, or only their centre
+  int height = 0, width = 0;  // of what is computed
   const float* bias = nullptr;
   bool relu = false;
-  View mask[2];                // of each part of `values`: kept where this is above 0, and 0 elsewhere; or none
-  View pooled;                 // where there is one, receives the 2x2 maxima of values after ReLU
-  uint8_t* choice = nullptr;   // and, where wanted, this as maxpool2x2_forward
+  View mask[2];  // of each part of `values`: kept where this is above 0, and 0 elsewhere; or none
+  const FirstLayer* mask_first_layer = nullptr;  // in the place of mask[0]
+  View pooled;                                   // where there is one, receives the 2x2 maxima of values after ReLU
+  uint8_t* choice = nullptr;                     // and, where wanted, this as maxpool2x2_forward
 
   Destination(const Channels& values, int height, int width) : values(values), height(height), width(width) {}
 };
@@ -72,7 +82,11 @@ struct CrossEntropy {
 struct KernelTable {
   const char* name;
 
-  // What is computed is 2 smaller than the input, whose parts are equally large (crops are made by the caller).
+  // Whether, of a convolution of so many channels, conv3x3_forward and its two ways back go by Winograd.
+  bool (*uses_winograd)(Algorithm, int inputs, int outputs, int height, int width);
+
+  // What is computed is 2 smaller than the input, whose parts are equally large (crops are made by the caller). A first
+  // layer is read, and is a mask, by Winograd only.
   void (*conv3x3_forward)(const Channels& input, const float* weight, const Destination&, Algorithm);
   // The transpose of conv3x3 on `gradient`, a view of the inside of a buffer with a border of two zero pixels on every
   // side. `weight` is the forward one.

@@ -8,6 +8,7 @@ namespace FASTUNET_ISA {
 
 const KernelTable table = {
     NAME_OF(FASTUNET_ISA),
+    uses_winograd,
     conv3x3_forward,
     conv3x3_backward_data,
     conv3x3_backward_weight,

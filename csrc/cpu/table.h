@@ -7,6 +7,7 @@
 namespace fastunet {
 namespace FASTUNET_ISA {
 
+bool uses_winograd(Algorithm, int, int, int, int);
 void conv3x3_forward(const Channels&, const float*, const Destination&, Algorithm);
 void conv3x3_backward_data(const View&, const float*, const Destination&, Algorithm);
 void conv3x3_backward_weight(const Channels&, const View&, float*, float*, Algorithm);

@@ -135,8 +135,9 @@ struct Winograd {
     UNROLL
     for (int i = 0; i < T; ++i) {
       const vec* const parts = i % 2 == 0 ? sums : differences;
-      vec value = i == 0 ? m[0] + parts[0] : i == T - 1 ? m[T + 1] + c.powers[0][i] * parts[0]
-                                                        : c.powers[0][i] * parts[0];
+      vec value = i == 0       ? m[0] + parts[0]
+                  : i == T - 1 ? m[T + 1] + c.powers[0][i] * parts[0]
+                               : c.powers[0][i] * parts[0];
       UNROLL
       for (int k = 1; k < kPairs; ++k) value += c.powers[k][i] * parts[k];
       y[i] = value;
@@ -188,7 +189,8 @@ INLINE void expand(const float* source, ptrdiff_t row_stride, ptrdiff_t column_s
     }
     UNROLL
     for (int of = 0; of < 2; ++of) {
-      float* const line = as_it_comes(target + (of == 0 ? W::first_of(rows) : W::second_of(rows)) * W::kFootprint * stride);
+      float* const line =
+          as_it_comes(target + (of == 0 ? W::first_of(rows) : W::second_of(rows)) * W::kFootprint * stride);
       UNROLL
       for (int columns = 0; columns <= W::kPairs; ++columns) {
         vec first, second;

@@ -55,17 +55,21 @@ struct WinogradBackwardWeight {
         out_blocks(gradient.blocks()) {}
 
   int groups() const { return out_blocks * kBlock / group; }
+  ptrdiff_t first_layer_floats_of(const Tiling& tiling) const {
+    return input.first_layer != nullptr ? first_layer_floats<T>(tiling.patch_rows, tiling.patch_columns) : 0;
+  }
   ptrdiff_t v_stride(int tiles) const { return plane_stride(static_cast<ptrdiff_t>(tiles) * in_blocks * kBlock); }
   ptrdiff_t d_stride(int tiles) const { return plane_stride(static_cast<ptrdiff_t>(tiles) * out_blocks * kBlock); }
   ptrdiff_t sums_stride(int blocks) const { return plane_stride(static_cast<ptrdiff_t>(blocks) * kBlock * group); }
   size_t tile_bytes() const { return size_t{W::kFrequencies} * (in_blocks + out_blocks) * kBlock * sizeof(float); }
 
   // Block `block` of the inputs into v, or, counting on, of the gradient into d, whose sum is added to bias_gradient.
-  void transform_block(const Patch& patch, int block, float* v, float* d, float* bias_gradient) const {
+  void transform_block(const Patch& patch, int block, float* v, float* d, float* bias_gradient,
+                       float* first_layer) const {
     const int tiles = patch.count();
     if (block < in_blocks) {
       int of_part = block;
-      const View& x = part_of(input, of_part);
+      const View& x = block_of<T>(input, patch, of_part, first_layer);
       transform_tiles<T, W::kFootprint, W::input_pair>(x, of_part, patch, tiles, in_blocks, block, v, v_stride(tiles));
     } else {
       block -= in_blocks;
@@ -98,8 +102,8 @@ struct WinogradBackwardWeight {
     const bool narrow = group < kTileOutputs;
     const int tile_outputs = narrow ? kBlock : kTileOutputs;
     const ptrdiff_t block_floats = static_cast<ptrdiff_t>(tiles) * kBlock;
-    const auto multiply =
-        narrow ? multiply_transposed<kOuterChannels, kNarrowVectors> : multiply_transposed<kOuterChannels, kTileVectors>;
+    const auto multiply = narrow ? multiply_transposed<kOuterChannels, kNarrowVectors>
+                                 : multiply_transposed<kOuterChannels, kTileVectors>;
     for (int frequency = 0; frequency < W::kFrequencies; ++frequency)
       for (int output = 0; output < group; output += tile_outputs) {
         const float* const x = v + frequency * v_stride(tiles) + first_block * block_floats;
@@ -155,7 +159,8 @@ void winograd_backward_weight(const Channels& input, const View& gradient, float
     const int most = larger(8, static_cast<int>(kPrivateRunLimit / conv.tile_bytes()));
     const Tiling tiling(T, gradient.images, gradient.height, gradient.width, smaller(most, count / slots), kTilePixels);
     const ptrdiff_t v_floats = W::kFrequencies * conv.v_stride(tiling.most_tiles());
-    const ptrdiff_t thread_floats = v_floats + W::kFrequencies * conv.d_stride(tiling.most_tiles());
+    const ptrdiff_t d_floats = W::kFrequencies * conv.d_stride(tiling.most_tiles());
+    const ptrdiff_t thread_floats = v_floats + d_floats + conv.first_layer_floats_of(tiling);
     float* const threads = scratch(kPerThread, thread_floats * thread_count());
     const ptrdiff_t slot_floats = sums_floats + outputs;  // the bias gradient behind
     float* const slot_sums = scratch(kGradientTiles, slots * slot_floats);
@@ -169,7 +174,8 @@ void winograd_backward_weight(const Channels& input, const View& gradient, float
         for (ptrdiff_t i = 0; i < sums_floats; ++i) sums[i] = 0;
       for (int index = first; index < last; ++index) {
         const Patch patch = tiling[index];
-        for (int block = 0; block < blocks; ++block) conv.transform_block(patch, block, v, d, sums + sums_floats);
+        for (int block = 0; block < blocks; ++block)
+          conv.transform_block(patch, block, v, d, sums + sums_floats, d + d_floats);
         const Patch next = index + 1 < last ? tiling[index + 1] : Patch{};
         const Channels of_gradient{{gradient}};
         auto reads = ahead_of<T>(input, next, 2), gradient_reads = ahead_of<T>(of_gradient, next, 0);
@@ -199,15 +205,19 @@ void winograd_backward_weight(const Channels& input, const View& gradient, float
   const Tiling tiling(T, gradient.images, gradient.height, gradient.width, most, most);
   float* const v = scratch(kInputTiles, W::kFrequencies * conv.v_stride(tiling.most_tiles()));
   float* const d = scratch(kGradientTiles, W::kFrequencies * conv.d_stride(tiling.most_tiles()));
-  const ptrdiff_t thread_floats = W::kFrequencies * conv.sums_stride(kChunkBlocks);
+  const ptrdiff_t chunk_floats = W::kFrequencies * conv.sums_stride(kChunkBlocks);
+  const ptrdiff_t thread_floats = chunk_floats + conv.first_layer_floats_of(tiling);
   float* const threads = scratch(kPerThread, thread_floats * thread_count());
   const int chunks = ceil_div(in_blocks, kChunkBlocks);
   for (int index = 0; index < tiling.patches(); ++index) {
     const Patch patch = tiling[index];
-    parallel(blocks, [&](int block, int) { conv.transform_block(patch, block, v, d, bias_gradient); });
+    parallel(blocks, [&](int block, int thread) {
+      conv.transform_block(patch, block, v, d, bias_gradient, threads + thread * thread_floats + chunk_floats);
+    });
     parallel(chunks * groups, [&](int task, int thread) {
       float* const sums = threads + thread * thread_floats;
-      const int g = task % groups, first = task / groups * kChunkBlocks, of_chunk = smaller(kChunkBlocks, in_blocks - first);
+      const int g = task % groups, first = task / groups * kChunkBlocks,
+                of_chunk = smaller(kChunkBlocks, in_blocks - first);
       conv.multiply_group(g, first, of_chunk, v, d, patch.count(), sums, false, [] {});
       conv.add_transformed_back(g, first, of_chunk, sums, weight_gradient);
     });

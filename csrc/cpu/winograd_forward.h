@@ -1,7 +1,7 @@
-// Winograd convolution forward: V = B^T d B, then M = U V for each frequency, then Y = A^T M A. The data gradient is the
-// same with other weights. Two schedules: where the transformed weights stay in L3, each thread takes patches of tiles
-// whose V and M stay in its L2; deep layers share V through L3, and a thread takes groups of outputs and transforms
-// their weights as it goes, a slab of inputs at a time, which stays in its L2.
+// Winograd convolution forward: V = B^T d B, then M = U V for each frequency, then Y = A^T M A. The data gradient is
+// the same with other weights. Two schedules: where the transformed weights stay in L3, each thread takes patches of
+// tiles whose V and M stay in its L2; deep layers share V through L3, and a thread takes groups of outputs and
+// transforms their weights as it goes, a slab of inputs at a time, which stays in its L2.
 #pragma once
 
 #include "../memory.h"
@@ -77,9 +77,9 @@ struct WinogradForward {
   ptrdiff_t m_stride(int tiles) const { return plane_stride(static_cast<ptrdiff_t>(tiles) * group); }
   ptrdiff_t u_stride(int blocks) const { return plane_stride(static_cast<ptrdiff_t>(blocks) * kBlock * group); }
 
-  void transform_inputs(const Patch& patch, int block, float* v) const {
+  void transform_inputs(const Patch& patch, int block, float* v, float* first_layer) const {
     int of_part = block;
-    const View& x = part_of(input, of_part);
+    const View& x = block_of<T>(input, patch, of_part, first_layer);
     transform_tiles<T, W::kFootprint, W::input_pair>(x, of_part, patch, panel(), in_blocks, block, v,
                                                      v_stride(patch.count()));
   }
@@ -110,16 +110,30 @@ struct WinogradForward {
                        group_index * blocks, blocks);
   }
 
-  void transform_outputs(const Patch& patch, int group_index, const float* m) const {
+  // Floats that a thread needs to compute what it reads of a first layer.
+  ptrdiff_t first_layer_floats_of(const Tiling& tiling) const {
+    const bool needs = input.first_layer != nullptr || writer.to.mask_first_layer != nullptr;
+    return needs ? first_layer_floats<T>(tiling.patch_rows, tiling.patch_columns) : 0;
+  }
+
+  void transform_outputs(const Patch& patch, int group_index, const float* m, float* first_layer) const {
     const ptrdiff_t stride = m_stride(patch.count());
+    const FirstLayer* const mask = writer.to.mask_first_layer;
+    View mask_block = writer.to.mask[0];
     for (int channel = 0; channel < group; channel += kLanes) {
+      if (mask != nullptr && channel % kBlock == 0) {
+        const int top = patch.row * T, left = patch.column * T;
+        mask_block =
+            first_layer_part(*mask, writer.to.values.part[0], patch.image, top, top + patch.rows * T, left,
+                             left + patch.columns * T, (group_index * group + channel) / kBlock, 1, first_layer);
+      }
       const float* source = m + channel;
       for (int row = 0; row < patch.rows; ++row)
         for (int column = 0; column < patch.columns; ++column, source += group) {
           vec values[T][T];
           contract<T, T, W::output_line>(source, stride, values);
           writer.write(patch.image, (patch.row + row) * T, (patch.column + column) * T, group_index * group + channel,
-                       values);
+                       values, mask_block);
         }
     }
   }
@@ -147,13 +161,15 @@ void winograd_private(const WinogradForward<T>& conv) {
   const Destination& to = conv.writer.to;
   const Tiling tiling(T, to.values.part[0].images, to.height, to.width, panels * panel, panel);
   const ptrdiff_t v_floats = Winograd<T>::kFrequencies * conv.v_stride(tiling.most_tiles());
-  const ptrdiff_t thread_floats = v_floats + Winograd<T>::kFrequencies * conv.m_stride(tiling.most_tiles());
+  const ptrdiff_t m_floats = Winograd<T>::kFrequencies * conv.m_stride(tiling.most_tiles());
+  const ptrdiff_t thread_floats = v_floats + m_floats + conv.first_layer_floats_of(tiling);
   float* const threads = scratch(kPerThread, thread_floats * thread_count());
   parallel(tiling.patches(), [&](int index, int thread) {
     float* const v = threads + thread * thread_floats;
     float* const m = v + v_floats;
+    float* const first_layer = m + m_floats;
     const Patch patch = tiling[index];
-    for (int block = 0; block < in_blocks; ++block) conv.transform_inputs(patch, block, v);
+    for (int block = 0; block < in_blocks; ++block) conv.transform_inputs(patch, block, v, first_layer);
     const int next = index + thread_count();
     auto reads = ahead_of<T>(conv.input, next < tiling.patches() ? tiling[next] : Patch{}, 2);
     const int calls = Winograd<T>::kFrequencies * ceil_div(patch.count(), panel);
@@ -165,7 +181,7 @@ void winograd_private(const WinogradForward<T>& conv) {
         reads.ask(reads_share);
         writes.ask(writes_share);
       });
-      conv.transform_outputs(patch, g, m);
+      conv.transform_outputs(patch, g, m, first_layer);
     }
   });
 }
@@ -177,19 +193,23 @@ void winograd_shared(const WinogradForward<T>& conv) {
   const size_t tile_bytes = Winograd<T>::kFrequencies * conv.inputs() * sizeof(float);
   const Destination& to = conv.writer.to;
   const size_t half_slab = kSlabLimit / 2 / (Winograd<T>::kFrequencies * group * sizeof(float));  // tiles
-  const int most = larger(4 * panel, static_cast<int>(kSharedTilesLimit / tile_bytes < half_slab ? kSharedTilesLimit / tile_bytes : half_slab));
+  const int most =
+      larger(4 * panel,
+             static_cast<int>(kSharedTilesLimit / tile_bytes < half_slab ? kSharedTilesLimit / tile_bytes : half_slab));
   const Tiling tiling(T, to.values.part[0].images, to.height, to.width, most, most);
+  const ptrdiff_t m_floats = Winograd<T>::kFrequencies * conv.m_stride(tiling.most_tiles());
   const size_t slab_block_bytes = Winograd<T>::kFrequencies * kBlock * group * sizeof(float);
-  const size_t m_bytes = Winograd<T>::kFrequencies * conv.m_stride(tiling.most_tiles()) * sizeof(float);
   const int slab_blocks =
-      smaller(in_blocks, larger(2, static_cast<int>((kSlabLimit - m_bytes) / slab_block_bytes)));
+      smaller(in_blocks, larger(2, static_cast<int>((kSlabLimit - m_floats * sizeof(float)) / slab_block_bytes)));
   const ptrdiff_t u_floats = Winograd<T>::kFrequencies * conv.u_stride(slab_blocks);
-  const ptrdiff_t thread_floats = u_floats + Winograd<T>::kFrequencies * conv.m_stride(tiling.most_tiles());
+  const ptrdiff_t thread_floats = u_floats + m_floats + conv.first_layer_floats_of(tiling);
   float* const v = scratch(kInputTiles, Winograd<T>::kFrequencies * conv.v_stride(tiling.most_tiles()));
   float* const threads = scratch(kPerThread, thread_floats * thread_count());
   for (int index = 0; index < tiling.patches(); ++index) {
     const Patch patch = tiling[index];
-    parallel(in_blocks, [&](int block, int) { conv.transform_inputs(patch, block, v); });
+    parallel(in_blocks, [&](int block, int thread) {
+      conv.transform_inputs(patch, block, v, threads + thread * thread_floats + u_floats + m_floats);
+    });
     const int share = ceil_div(slab_blocks * 9 * group, Winograd<T>::kFrequencies * ceil_div(patch.count(), panel));
     parallel(groups, [&](int g, int thread) {
       float* const u = threads + thread * thread_floats;
@@ -198,14 +218,14 @@ void winograd_shared(const WinogradForward<T>& conv) {
         const int blocks = smaller(slab_blocks, in_blocks - block);
         transform_weights<T>(conv.group_weight(g, block), blocks, group, u, conv.u_stride(blocks));
         // The weights that this thread transforms next, most likely.
-        const float* next = block + blocks < in_blocks      ? conv.group_weight(g, block + blocks)
+        const float* next = block + blocks < in_blocks    ? conv.group_weight(g, block + blocks)
                             : g + thread_count() < groups ? conv.group_weight(g + thread_count(), 0)
                                                           : conv.group_weight(g, block);
         conv.multiply_group(v, patch.count(), block, blocks, u, m, [&] {
           for (int i = 0; i < share; ++i, next += kBlock) __builtin_prefetch(next, 0, 2);
         });
       }
-      conv.transform_outputs(patch, g, m);
+      conv.transform_outputs(patch, g, m, m + m_floats);
     });
   }
 }

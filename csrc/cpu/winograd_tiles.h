@@ -1,6 +1,7 @@
 // The output tiles of a layer, cut into patches that one run of the three stages takes, and their transformation.
 #pragma once
 
+#include "first_layer.h"
 #include "winograd.h"
 
 namespace fastunet {
@@ -15,8 +16,8 @@ struct Patch {
 
 // All tiles of a layer in patches of about the same size.
 struct Tiling {
-  int images, rows, columns;            // in tiles
-  int patch_rows, patch_columns;        // of the largest patch
+  int images, rows, columns;      // in tiles
+  int patch_rows, patch_columns;  // of the largest patch
   int patches_down = 1, patches_across = 1;
 
   // Patches of at most `most` tiles, as wide as `most_columns` allow: neighbours share a halo, and a register tile of
@@ -72,7 +73,8 @@ void transform_tiles(const View& x, int block, const Patch& patch, int panel, in
   int row = 0, column = 0;
   for (int p = 0; p < panels; ++p) {
     const int begin = run_begin(tiles, p, panels), count = run_begin(tiles, p + 1, panels) - begin;
-    float* place = target + (static_cast<ptrdiff_t>(begin) * blocks + static_cast<ptrdiff_t>(target_block) * count) * kBlock;
+    float* place =
+        target + (static_cast<ptrdiff_t>(begin) * blocks + static_cast<ptrdiff_t>(target_block) * count) * kBlock;
     for (int tile = 0; tile < count; ++tile, place += kBlock) {
       const int y = (patch.row + row) * T, left = (patch.column + column) * T;
       const float* source = x.at(patch.image, block, y, left);
@@ -82,15 +84,24 @@ void transform_tiles(const View& x, int block, const Patch& patch, int panel, in
         source = footprint;
         row_stride = SIDE * kBlock;
       }
-      for (int v = 0; v < kBlock; v += kLanes)
-        expand<T, SIDE, PAIR>(source + v, row_stride, kBlock, place + v, stride);
+      for (int v = 0; v < kBlock; v += kLanes) expand<T, SIDE, PAIR>(source + v, row_stride, kBlock, place + v, stride);
       if (++column == patch.columns) column = 0, ++row;
     }
   }
 }
 
-// Asks for pixels in good time, a few at each call, while something else is multiplied: those that the next patch reads,
-// or, WRITES, those that this one writes, which have to come from memory too.
+// The view of a patch's block of x, and the block's number in it: where x is a first layer, of the part of it that is
+// computed into first_layer, which has first_layer_floats.
+template <int T>
+const View block_of(const Channels& x, const Patch& patch, int& block, float* first_layer) {
+  if (x.first_layer == nullptr) return part_of(x, block);
+  const int top = patch.row * T, left = patch.column * T;
+  return first_layer_part(*x.first_layer, x.part[0], patch.image, top, top + patch.rows * T + 2, left,
+                          left + patch.columns * T + 2, block, 1, first_layer);
+}
+
+// Asks for pixels in good time, a few at each call, while something else is multiplied: those that the next patch
+// reads, or, WRITES, those that this one writes, which have to come from memory too.
 template <bool WRITES>
 class Ahead {
  public:
@@ -131,7 +142,8 @@ class Ahead {
 template <int T>
 Ahead<false> ahead_of(const Channels& x, const Patch& patch, int halo) {
   return Ahead<false>(x, patch.image, patch.row * T, (patch.row + patch.rows) * T + halo, patch.column * T,
-                      (patch.column + patch.columns) * T + halo, 0, patch.count() > 0 ? x.blocks() : 0);
+                      (patch.column + patch.columns) * T + halo, 0,
+                      patch.count() > 0 && x.first_layer == nullptr ? x.blocks() : 0);
 }
 
 }  // namespace

@@ -36,11 +36,11 @@ class Predictions(Protocol):
 
     Attributes
     ----------
-    element_bytes : int
-        Of a number of an activation.
+    element_bytes : float
+        What a number of an activation comes to, with what is lost between activations.
     """
 
-    element_bytes: int
+    element_bytes: float
 
     def begin(self, image: Any, scales: np.ndarray) -> Prediction:
         """Predict an image (H, W, C) from `Backend.given`, of numbers x that the network wants as (x - offset) * scale.

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from fastunet import UNet
+from fastunet.backends.cuda.prediction import BETWEEN
 from fastunet.info import main
 from fastunet.tiling import prediction_bytes
 from fastunet.training_memory import SCRATCH, check_training_memory, largest_training_tile
@@ -46,7 +47,7 @@ def test_a_plan_on_the_device(device, model, capsys, few_bytes, precision):
     assert f"emulator: {device.describe()}\n" in out
     tile = tuple(map(int, re.search(rf"on emulator, {precision}: 1 tile of (\d+)x(\d+) ->", out).groups()))
     network = UNet(*SIZES.values(), device="cpu")
-    needed = prediction_bytes(50, 70, *tile, network, {"fp32": 4, "bf16": 2}[precision])
+    needed = prediction_bytes(50, 70, *tile, network, BETWEEN * {"fp32": 4, "bf16": 2}[precision])
     assert f"{needed / 2**20:.0f} MiB beyond the network" in out
     fits = int(re.search(r"training on emulator: tiles of up to (\d+)x", out)[1])
     where = {**SIZES, "device": "emulator", "precision": precision}

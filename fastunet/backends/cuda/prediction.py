@@ -29,6 +29,8 @@ Result = TypeVar("Result")
 
 STORED = np.uint8, np.uint16, np.float32
 """What images are made of on the device, the narrowest first."""
+BETWEEN = 2.2
+"""Planned memory over the activations that a plan of tiles counts, at most: first layer and skips are whole here."""
 MOST_SIZES = 8
 """Sizes of tiles for which passes are kept: twice those of one image's views."""
 
@@ -115,7 +117,7 @@ class Predictions:
         self.table = table
         self.channels = channels
         self.classes = classes
-        self.element_bytes = table.bits // 8
+        self.element_bytes = BETWEEN * table.bits / 8
         self._forward = forward
         self._passes: dict[tuple[int, int], _Pass] = {}
 
