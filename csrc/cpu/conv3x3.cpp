@@ -38,7 +38,7 @@ void convolve_to(const Channels& input, const float* weight, const Destination& 
   Convolution c{input, weight, computed};
   c.bias = to.bias;
   c.relu = to.relu;
-  convolve(c);
+  convolve(&c, 1);
   for (int part = 0; part < to.values.count; ++part)
     if (to.mask[part].data != nullptr) FASTUNET_ISA::mask(to.values.part[part], to.mask[part], to.values.part[part]);
   if (to.pooled.data != nullptr) FASTUNET_ISA::maxpool2x2_forward(computed.part[0], true, to.pooled, to.choice);

@@ -73,24 +73,28 @@ struct Segment {
 
 constexpr int kRowsPerTask = 4;
 
-void convolve(const Convolution& c) {
+// Convolutions of the same input to outputs of the same sizes, one after the other on each band of rows, which stays in
+// a thread's L2.
+void convolve(const Convolution* convolutions, int count) {
   static constexpr ByPixels<Segment<kTileVectors>, kTilePixels> wide_segments;
   static constexpr ByPixels<Segment<kNarrowVectors>, kNarrowPixels> narrow_segments;
-  const int outputs = c.output.blocks() * kBlock, group = group_width(outputs);
-  const int height = c.output.part[0].height, width = c.output.part[0].width;
+  const Channels& output = convolutions->output;
+  const int outputs = output.blocks() * kBlock, group = group_width(outputs);
+  const int height = output.part[0].height, width = output.part[0].width;
   const bool narrow = group < kTileOutputs;
   const int tile_outputs = narrow ? kBlock : kTileOutputs;
   const int tiles = outputs / tile_outputs, bands = ceil_div(height, kRowsPerTask);
   const int pieces = ceil_div(width, narrow ? kNarrowPixels : kTilePixels);
-  parallel(c.output.part[0].images * bands * tiles, [&](int task, int) {
-    const int output = task % tiles * tile_outputs, band = task / tiles % bands, image = task / tiles / bands;
+  parallel(output.part[0].images * bands * tiles, [&](int task, int) {
+    const int first_output = task % tiles * tile_outputs, band = task / tiles % bands, image = task / tiles / bands;
     const int end = smaller(height, (band + 1) * kRowsPerTask);
-    for (int row = band * kRowsPerTask; row < end; ++row)
-      for (int piece = 0; piece < pieces; ++piece) {  // of equal width, give or take a pixel
-        const int begin = run_begin(width, piece, pieces), pixels = run_begin(width, piece + 1, pieces) - begin;
-        const auto segment = narrow ? narrow_segments[pixels] : wide_segments[pixels];
-        segment(c, group, image, row, begin, output);
-      }
+    for (int i = 0; i < count; ++i)
+      for (int row = band * kRowsPerTask; row < end; ++row)
+        for (int piece = 0; piece < pieces; ++piece) {  // of equal width, give or take a pixel
+          const int begin = run_begin(width, piece, pieces), pixels = run_begin(width, piece + 1, pieces) - begin;
+          const auto segment = narrow ? narrow_segments[pixels] : wide_segments[pixels];
+          segment(convolutions[i], group, image, row, begin, first_output);
+        }
   });
 }
 

@@ -33,7 +33,7 @@ void backward_data(const View& gradient, const float* weight, const View& input_
   c.kernel = c.stride = kernel;
   c.taps = taps;
   c.mask = mask;
-  convolve(c);
+  convolve(&c, 1);
 }
 
 void backward_weight(const View& input, const View& gradient, float* weight_gradient, int kernel) {
@@ -49,15 +49,19 @@ void backward_weight(const View& input, const View& gradient, float* weight_grad
 namespace FASTUNET_ISA {
 
 void upconv2x2_forward(const View& input, const float* weight, const float* bias, const View& output) {
+  Convolution taps[4];
   for (int tap = 0; tap < 4; ++tap) {
-    Convolution c{Channels{{input}}, weight, Channels{{every_other_pixel(output, tap / 2, tap % 2)}}};
+    Convolution& c = taps[tap];
+    c.input = Channels{{input}};
+    c.weight = weight;
+    c.output = Channels{{every_other_pixel(output, tap / 2, tap % 2)}};
     c.kernel = 1;
     c.taps = 4;
     c.first_tap = tap;
     c.bias = bias;
     c.output_step = 2;
-    convolve(c);
   }
+  convolve(taps, 4);
 }
 
 void upconv2x2_backward_data(const View& gradient, const float* weight, const View& input_gradient, const View& mask) {
@@ -72,7 +76,7 @@ void conv1x1_forward(const View& input, const float* weight, const float* bias, 
   Convolution c{Channels{{input}}, weight, Channels{{output}}};
   c.kernel = c.taps = 1;
   c.bias = bias;
-  convolve(c);
+  convolve(&c, 1);
 }
 
 void conv1x1_backward_data(const View& gradient, const float* weight, const View& input_gradient, const View& mask) {

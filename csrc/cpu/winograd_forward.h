@@ -21,11 +21,12 @@ void transform_weights(const float* weight, int blocks, int group, float* transf
       expand<T, 3, Winograd<T>::weight_pair>(weight + i, 3 * tap_stride, tap_stride, transformed + i, stride);
 }
 
-// m[tile][output] = or += the sum over blocks of channels of v[block][tile][16] * u[channel][output]
+// m[tile][output] = or += the sum over blocks of channels of v[block][tile][16] * u[channel][output]; `next` is the v of
+// the call after, which is asked for.
 template <int VECTORS>
 struct MultiplyTiles {
   template <int TILES>
-  static void run(const float* v, int blocks, const float* u, int group, float* m, bool add) {
+  static void run(const float* v, int blocks, const float* u, int group, float* m, bool add, const float* next) {
     vec sums[TILES][VECTORS];
     if (add) {
       UNROLL
@@ -40,8 +41,11 @@ struct MultiplyTiles {
         for (int i = 0; i < VECTORS; ++i) sums[t][i] = vec{};
       }
     }
-    for (int block = 0; block < blocks; ++block, v += TILES * kBlock, u += kBlock * group)
+    for (int block = 0; block < blocks; ++block, v += TILES * kBlock, next += TILES * kBlock, u += kBlock * group) {
+      UNROLL
+      for (int t = 0; t < TILES; ++t) __builtin_prefetch(next + t * kBlock);
       multiply(sums, v, kBlock, u, group, kBlock);
+    }
     UNROLL
     for (int t = 0; t < TILES; ++t) {
       UNROLL
@@ -91,16 +95,25 @@ struct WinogradForward {
     static constexpr ByPixels<MultiplyTiles<kTileVectors>, kTilePixels> wide_tiles;
     static constexpr ByPixels<MultiplyTiles<kNarrowVectors>, kNarrowPixels> narrow_tiles;
     const int tile_outputs = narrow() ? kBlock : kTileOutputs, panels = ceil_div(tiles, panel());
+    const auto v_of = [&](int frequency, int p) {
+      const int begin = run_begin(tiles, p, panels), count = run_begin(tiles, p + 1, panels) - begin;
+      return v + frequency * v_stride(tiles) + static_cast<ptrdiff_t>(begin) * inputs() +
+             static_cast<ptrdiff_t>(first_block) * count * kBlock;
+    };
+    const float* x = v_of(0, 0);
     for (int frequency = 0; frequency < W::kFrequencies; ++frequency)
       for (int p = 0; p < panels; ++p) {
         const int begin = run_begin(tiles, p, panels), count = run_begin(tiles, p + 1, panels) - begin;
         const auto multiply = narrow() ? narrow_tiles[count] : wide_tiles[count];
-        const float* const x = v + frequency * v_stride(tiles) + static_cast<ptrdiff_t>(begin) * inputs() +
-                               static_cast<ptrdiff_t>(first_block) * count * kBlock;
+        const float* const next = p + 1 < panels                         ? v_of(frequency, p + 1)
+                                  : frequency + 1 < W::kFrequencies ? v_of(frequency + 1, 0)
+                                                                    : x;
         between();
         for (int output = 0; output < group; output += tile_outputs)
           multiply(x, blocks, u + frequency * u_stride(blocks) + output, group,
-                   m + frequency * m_stride(tiles) + static_cast<ptrdiff_t>(begin) * group + output, first_block > 0);
+                   m + frequency * m_stride(tiles) + static_cast<ptrdiff_t>(begin) * group + output, first_block > 0,
+                   next);
+        x = next;
       }
   }
 
