@@ -9,23 +9,33 @@
 namespace fastunet {
 namespace {
 
-INLINE void philox4x32(uint64_t counter, uint64_t draw, uint64_t seed, uint32_t (&word)[4]) {
-  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32);
-  uint32_t c2 = static_cast<uint32_t>(draw), c3 = static_cast<uint32_t>(draw >> 32);
+constexpr int kCounters = 16;
+typedef uint64_t counter_vec __attribute__((vector_size(kCounters * sizeof(uint64_t)), may_alias));
+
+// words[4 * i + w] is word w of counter + i, for 4 pixels whose first counters are given: 4 counters each.
+INLINE void philox4x32(const uint64_t (&counters)[4], uint64_t draw, uint64_t seed, uint32_t (&words)[4 * kCounters]) {
+  constexpr uint64_t kWord = 0xFFFFFFFFu;
+  counter_vec counter;
+  UNROLL
+  for (int i = 0; i < kCounters; ++i) counter[i] = counters[i / 4] + i % 4;
+  counter_vec c0 = counter & kWord, c1 = counter >> 32;
+  counter_vec c2 = counter_vec{} + (draw & kWord), c3 = counter_vec{} + (draw >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(p1);
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(p0);
+    const counter_vec p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;
+    c0 = (p1 >> 32) ^ c1 ^ uint64_t{k0};
+    c1 = p1 & kWord;
+    c2 = (p0 >> 32) ^ c3 ^ uint64_t{k1};
+    c3 = p0 & kWord;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  word[0] = c0;
-  word[1] = c1;
-  word[2] = c2;
-  word[3] = c3;
+  alignas(counter_vec) uint64_t lanes[4][kCounters];
+  const counter_vec result[4] = {c0, c1, c2, c3};
+  for (int w = 0; w < 4; ++w) {
+    *reinterpret_cast<counter_vec*>(lanes[w]) = result[w];
+    for (int i = 0; i < kCounters; ++i) words[4 * i + w] = static_cast<uint32_t>(lanes[w][i]);
+  }
 }
 
 }  // namespace
@@ -43,13 +53,26 @@ void dropout(const View& input, const View& output, float rate, uint64_t seed, u
     const int used = smaller(kBlock, input.channels - block * kBlock);
     uint64_t element =
         ((static_cast<uint64_t>(image) * input.height + row) * input.width) * input.channels + block * kBlock;
-    for (int column = 0; column < input.width; ++column, x += kBlock, y += kBlock, element += input.channels) {
-      uint32_t word[4];
-      for (int i = 0; i < used; ++i) {
-        if (i == 0 || (element + i) % 4 == 0) philox4x32((element + i) / 4, draw, seed, word);
-        y[i] = word[(element + i) % 4] >= threshold ? x[i] * scale : 0.0f;
+    // Four pixels at a time. The words of a pixel's first counter may belong to the element before it.
+    for (int first = 0; first < input.width; first += 4) {
+      const int pixels = smaller(4, input.width - first);
+      uint64_t counters[4];
+      for (int p = 0; p < 4; ++p) counters[p] = (element + static_cast<uint64_t>(p) * input.channels) / 4;
+      uint32_t words[4 * kCounters];
+      philox4x32(counters, draw, seed, words);
+      for (int p = 0; p < pixels; ++p, x += kBlock, y += kBlock, element += input.channels) {
+        const int skipped = static_cast<int>(element % 4);
+        const uint32_t* const word = words + kBlock * p + skipped;
+        const int at_once = smaller(used, kBlock - skipped);
+        for (int i = 0; i < at_once; ++i) y[i] = word[i] >= threshold ? x[i] * scale : 0.0f;
+        if (at_once < used) {  // the last few are of a fifth counter
+          const uint64_t last[4] = {counters[p] + 4};
+          uint32_t more[4 * kCounters];
+          philox4x32(last, draw, seed, more);
+          for (int i = at_once; i < used; ++i) y[i] = more[i - at_once] >= threshold ? x[i] * scale : 0.0f;
+        }
+        for (int i = used; i < kBlock; ++i) y[i] = 0.0f;
       }
-      for (int i = used; i < kBlock; ++i) y[i] = 0.0f;
     }
   });
 }

@@ -98,23 +98,32 @@ struct WinogradBackwardWeight {
   // sums: planes of [`blocks` * 16 inputs][group] = or += the products of a patch's v and d
   template <class Between>
   void multiply_group(int index, int first_block, int blocks, const float* v, const float* d, int tiles, float* sums,
-                      bool add, const Between& between) const {
+                      bool add, bool shared, const Between& between) const {
     const bool narrow = group < kTileOutputs;
     const int tile_outputs = narrow ? kBlock : kTileOutputs;
     const ptrdiff_t block_floats = static_cast<ptrdiff_t>(tiles) * kBlock;
     const auto multiply = narrow ? multiply_transposed<kOuterChannels, kNarrowVectors>
                                  : multiply_transposed<kOuterChannels, kTileVectors>;
-    for (int frequency = 0; frequency < W::kFrequencies; ++frequency)
+    // Of a shared patch the next frequency is asked for while one is multiplied: what it reads lies together.
+    const int calls = group / tile_outputs * ceil_div(blocks * kBlock, kOuterChannels);
+    const int v_share = shared ? ceil_div(blocks * tiles, calls) : 0;
+    const int d_share = shared ? ceil_div(group / kBlock * tiles, calls) : 0;
+    for (int frequency = 0; frequency < W::kFrequencies; ++frequency) {
+      const float* next_v = v + (frequency + 1) * v_stride(tiles) + first_block * block_floats;
+      const float* next_d = d + (frequency + 1) * d_stride(tiles) + index * group / kBlock * block_floats;
       for (int output = 0; output < group; output += tile_outputs) {
         const float* const x = v + frequency * v_stride(tiles) + first_block * block_floats;
         const float* const g = d + frequency * d_stride(tiles) + (index * group + output) / kBlock * block_floats;
         float* const target = sums + frequency * sums_stride(blocks) + output;
         for (int channel = 0; channel < blocks * kBlock; channel += kOuterChannels) {
           between();
+          for (int i = 0; i < v_share; ++i, next_v += kBlock) __builtin_prefetch(next_v, 0, 2);
+          for (int i = 0; i < d_share; ++i, next_d += kBlock) __builtin_prefetch(next_d, 0, 2);
           multiply(x + channel / kBlock * block_floats + channel % kBlock, g, block_floats, tiles,
                    target + static_cast<ptrdiff_t>(channel) * group, group, add);
         }
       }
+    }
   }
 
   // weight_gradient += G^T sums G
@@ -135,9 +144,9 @@ struct WinogradBackwardWeight {
   }
 };
 
-constexpr int kMostSlots = 64, kFewestSlots = 4;
-constexpr int kFewestSlotTiles = 24;                      // below, clearing and adding up the slots' sums would show
-constexpr size_t kSlotsLimit = size_t{16} << 20;          // the sums of all slots together
+constexpr int kMostSlots = 64, kFewestSlots = 6;
+constexpr int kFewestSlotTiles = 250;                     // below, clearing and adding up the slots' sums would show
+constexpr size_t kSlotsLimit = size_t{8} << 20;           // the sums of all slots together
 constexpr size_t kPrivateRunLimit = size_t{1200} << 10;   // V and D of a thread's patch
 constexpr size_t kGradientTilesLimit = size_t{12} << 20;  // V and D of a shared patch in L3
 constexpr int kFewestGradientTiles = 160;                 // of a shared patch: below, transforming back would show
@@ -182,7 +191,7 @@ void winograd_backward_weight(const Channels& input, const View& gradient, float
         const int calls = groups * W::kFrequencies * (in_blocks * kBlock / kOuterChannels);
         const int share = ceil_div(reads.pixels(), calls), gradient_share = ceil_div(gradient_reads.pixels(), calls);
         for (int g = 0; g < groups; ++g)
-          conv.multiply_group(g, 0, in_blocks, v, d, patch.count(), sums + g * group_floats, index > first, [&] {
+          conv.multiply_group(g, 0, in_blocks, v, d, patch.count(), sums + g * group_floats, index > first, false, [&] {
             reads.ask(share);
             gradient_reads.ask(gradient_share);
           });
@@ -218,7 +227,7 @@ void winograd_backward_weight(const Channels& input, const View& gradient, float
       float* const sums = threads + thread * thread_floats;
       const int g = task % groups, first = task / groups * kChunkBlocks,
                 of_chunk = smaller(kChunkBlocks, in_blocks - first);
-      conv.multiply_group(g, first, of_chunk, v, d, patch.count(), sums, false, [] {});
+      conv.multiply_group(g, first, of_chunk, v, d, patch.count(), sums, false, true, [] {});
       conv.add_transformed_back(g, first, of_chunk, sums, weight_gradient);
     });
   }

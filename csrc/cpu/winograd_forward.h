@@ -21,8 +21,8 @@ void transform_weights(const float* weight, int blocks, int group, float* transf
       expand<T, 3, Winograd<T>::weight_pair>(weight + i, 3 * tap_stride, tap_stride, transformed + i, stride);
 }
 
-// m[tile][output] = or += the sum over blocks of channels of v[block][tile][16] * u[channel][output]; `next` is the v of
-// the call after, which is asked for.
+// m[tile][output] = or += the sum over blocks of channels of v[block][tile][16] * u[channel][output]; `next` is the v
+// of the call after, which is asked for.
 template <int VECTORS>
 struct MultiplyTiles {
   template <int TILES>
@@ -105,7 +105,7 @@ struct WinogradForward {
       for (int p = 0; p < panels; ++p) {
         const int begin = run_begin(tiles, p, panels), count = run_begin(tiles, p + 1, panels) - begin;
         const auto multiply = narrow() ? narrow_tiles[count] : wide_tiles[count];
-        const float* const next = p + 1 < panels                         ? v_of(frequency, p + 1)
+        const float* const next = p + 1 < panels                    ? v_of(frequency, p + 1)
                                   : frequency + 1 < W::kFrequencies ? v_of(frequency + 1, 0)
                                                                     : x;
         between();
