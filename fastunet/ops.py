@@ -84,16 +84,10 @@ def _record_conv3x3(
 
     def backward(gradient: Any) -> tuple[Any, ...]:
         wanted = x.requires_gradient or (skip is not None and skip.requires_gradient)
-        x_gradient, skip_gradient = backend.conv3x3_backward(
-            gradient,
-            x.array,
-            skip_array,
-            y if relu else None,
-            weight.value,
-            weight.gradient,
-            bias.gradient,
-            wanted,
-        )
+        with weight.owner.gradients_of(weight, bias) as gradients:
+            x_gradient, skip_gradient = backend.conv3x3_backward(
+                gradient, x.array, skip_array, y if relu else None, weight.value, *gradients, wanted
+            )
         return (x_gradient,) if skip is None else (x_gradient, skip_gradient)
 
     return record(y, backend, (x,) if skip is None else (x, skip), backward, learns=True)
@@ -232,7 +226,8 @@ def head_cross_entropy(x: Tensor, weight: Parameter, bias: Parameter, labels: An
 
     def backward(gradient: float) -> tuple[Any]:
         wanted = x.requires_gradient
-        return (backend.head_cross_entropy_backward(saved, gradient, weight.gradient, bias.gradient, wanted),)
+        with weight.owner.gradients_of(weight, bias) as gradients:
+            return (backend.head_cross_entropy_backward(saved, gradient, *gradients, wanted),)
 
     return record(loss, backend, (x,), backward, learns=True)
 
@@ -263,7 +258,8 @@ def _of_one_input(
 
     def way_back(gradient: Any) -> tuple[Any]:
         wanted = x.requires_gradient
-        return (backward(gradient, x.array, weight.value, weight.gradient, bias.gradient, wanted),)
+        with weight.owner.gradients_of(weight, bias) as gradients:
+            return (backward(gradient, x.array, weight.value, *gradients, wanted),)
 
     return record(y, x.backend, (x,), way_back, learns=True)
 

@@ -1,6 +1,8 @@
 """Stochastic gradient descent with momentum."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +44,19 @@ class SGD:
         parameters = self._parameters
         parameters.backend.sgd_momentum(
             parameters.values_buffer, parameters.gradients_buffer, self._momenta, self.lr, self.momentum
+        )
+
+    def steps_as_gradients_are_made(self) -> AbstractContextManager[None]:
+        """Within it a backward pass makes the step, each layer's as soon as its gradients are complete, and keeps none.
+
+        The same step, without the memory of all gradients; every parameter must take part in the pass once.
+        """
+        return self._parameters.passing_on(self._update)
+
+    def _update(self, place: slice, gradient: Any) -> None:
+        parameters = self._parameters
+        parameters.backend.sgd_momentum(
+            parameters.values_buffer[place], gradient, self._momenta[place], self.lr, self.momentum
         )
 
     def zero_grad(self) -> None:

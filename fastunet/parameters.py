@@ -4,13 +4,16 @@ A file, `state_dict` and `gradients` show them under PyTorch's names and in PyTo
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fastunet.backends import Backend
+
+Made = Callable[[slice, Any], None]
 
 
 @dataclass(frozen=True)
@@ -25,16 +28,28 @@ class Parameter:
         In PyTorch's layout.
     inputs : tuple of int
         Channels of each input that the weight reads: two for a convolution of a concatenation.
-    value, gradient : backend buffer
+    value : backend buffer
         Packed.
+    place : slice
+        Of the flat buffers.
+    owner : ParameterSet
     """
 
     kind: str
     shape: tuple[int, ...]
     inputs: tuple[int, ...]
     value: Any
-    gradient: Any
-    backend: Backend
+    place: slice
+    owner: "ParameterSet"
+
+    @property
+    def backend(self) -> Backend:
+        return self.owner.backend
+
+    @property
+    def gradient(self) -> Any:
+        """Packed; what a backward pass adds to, unless gradients are passed on."""
+        return self.owner.gradients_buffer[self.place]
 
     @property
     def outputs(self) -> int:
@@ -84,15 +99,14 @@ class ParameterSet(Mapping[str, Parameter]):
         }
         self.values_buffer = backend.buffer(sum(sizes.values()))
         self.gradients_buffer = backend.buffer(sum(sizes.values()))
+        self._made: Made | None = None
         self._parameters = {}
         self._slices = {}
         first = 0
         for name, (kind, shape, inputs) in shapes.items():
             place = slice(first, first + sizes[name])
             self._slices[name] = place
-            self._parameters[name] = Parameter(
-                kind, shape, inputs, self.values_buffer[place], self.gradients_buffer[place], backend
-            )
+            self._parameters[name] = Parameter(kind, shape, inputs, self.values_buffer[place], place, self)
             first += sizes[name]
 
     def __getitem__(self, name: str) -> Parameter:
@@ -103,6 +117,30 @@ class ParameterSet(Mapping[str, Parameter]):
 
     def __len__(self) -> int:
         return len(self._parameters)
+
+    @contextmanager
+    def passing_on(self, made: Made) -> Iterator[None]:
+        """Within it, gradients are not kept: `made(place, gradient)` takes each once it is complete.
+
+        Every parameter must take part in a backward pass once. The memory is that of a layer's gradients, not of all.
+        """
+        self._made = made
+        try:
+            yield
+        finally:
+            self._made = None
+
+    @contextmanager
+    def gradients_of(self, weight: Parameter, bias: Parameter) -> Iterator[tuple[Any, Any]]:
+        """Where a layer's backward pass is to add the gradients of its parameters."""
+        if self._made is None:
+            yield weight.gradient, bias.gradient
+            return
+        of_weight, of_bias = (parameter.place.stop - parameter.place.start for parameter in (weight, bias))
+        both = self.backend.buffer(of_weight + of_bias)
+        yield both[:of_weight], both[of_weight:]
+        self._made(weight.place, both[:of_weight])
+        self._made(bias.place, both[of_weight:])
 
     def count(self) -> int:
         """How many numbers are learned, padding not counted."""

@@ -13,7 +13,8 @@ class TrainingStep:
     """Teach a network one tile after another.
 
     On a device that repeats recorded work (CUDA graphs), the first tile of a size runs as it comes and the second is
-    recorded: all memory of a step is then planned, and a step starts by one call and waits for nothing. Results are
+    recorded: all memory of a step is then planned, and a step starts by one call and waits for nothing. Elsewhere the
+    gradients of a layer are gone when the next one's are made: `UNet.gradients` shows nothing of them. Results are
     bitwise those of the operations one by one.
 
     Parameters
@@ -66,6 +67,11 @@ class TrainingStep:
         return self._recorded[1][self._calls % 2].start(self._optimizer, image, labels, weights)
 
     def _step(self, image: Any, labels: Any, weights: Any) -> Any:
+        if not self._backend.repeats:
+            with self._optimizer.steps_as_gradients_are_made():
+                loss = self._model.loss(image, labels, weights)
+                loss.backward()
+            return loss
         self._optimizer.zero_grad()
         loss = self._model.loss(image, labels, weights)
         loss.backward()
