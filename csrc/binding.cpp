@@ -28,13 +28,13 @@ struct Block {
   Block& operator=(const Block&) = delete;
 };
 
-struct PendingLayer;
+struct Pending;
 
 // A tensor of float32 in blocks of 16 channels, or the centre of one. Lanes beyond the last channel are zero.
 struct Array {
   View view;
-  std::shared_ptr<PendingLayer> pending;  // a first layer that has not been computed; then there is no block
-  int height, width;                      // of the tensor; where the view is smaller, only the tensor's centre was kept
+  std::shared_ptr<Pending> pending;  // what is only worked out when it is read; then there is no block
+  int height, width;                 // of the tensor; where the view is smaller, only the tensor's centre was kept
   std::shared_ptr<Block> block;
   int border = 0;  // pixels around the view that are zero
   bool rectified =
@@ -48,7 +48,7 @@ struct Array {
     if (border > 0) clear_border();
   }
 
-  Array(std::shared_ptr<PendingLayer> pending, int images, int height, int width, int channels, int border = 0)
+  Array(std::shared_ptr<Pending> pending, int images, int height, int width, int channels, int border = 0)
       : pending(std::move(pending)), height(height), width(width), border(border) {
     if (images < 1 || height < 1 || width < 1 || channels < 1)
       throw std::invalid_argument("an array of shape (" + std::to_string(images) + ", " + std::to_string(height) +
@@ -70,7 +70,6 @@ struct Array {
            std::to_string(view.channels) + ")";
   }
 
-  // Of a pending layer, it is computed.
   Array centre(int rows, int columns) const {
     if (rows > view.height || columns > view.width)
       throw std::invalid_argument("of an array of shape " + describe() + " only the centre of " +
@@ -112,20 +111,46 @@ struct Array {
   }
 };
 
-// See FirstLayer. It has weights of its own, for those given may change before it is read.
-struct PendingLayer {
-  Array image;
-  std::vector<float> weight, bias;
-  FirstLayer layer;
-  Array values;  // once somebody needs all of them
+// Values that may not be needed in blocks; kept once somebody did need them.
+struct Pending {
+  Array values;
   bool computed = false;
 
-  PendingLayer(const Array& image, std::vector<float> weights, std::vector<float> biases, bool relu, int outputs)
-      : image(image),
+  explicit Pending(Array values) : values(std::move(values)) {}
+  virtual ~Pending() = default;
+  virtual void compute(const View& values) const = 0;
+};
+
+// An image of few channels, which padded to 16 would be many times as large.
+struct PendingImage : Pending {
+  std::vector<float> pixels;
+
+  PendingImage(const float* pixels, int images, int height, int width, int channels)
+      : Pending(Array(nullptr, images, height, width, channels)),
+        pixels(pixels, pixels + static_cast<size_t>(images) * height * width * channels) {}
+  void compute(const View& values) const override { kernels().to_blocks(pixels.data(), values); }
+};
+
+// See FirstLayer. It has weights of its own, for those given may change before it is read.
+struct PendingLayer : Pending {
+  std::shared_ptr<PendingImage> image;
+  std::vector<float> weight, bias;
+  FirstLayer layer;
+
+  PendingLayer(std::shared_ptr<PendingImage> of, std::vector<float> weights, std::vector<float> biases, bool relu,
+               int outputs)
+      : Pending(Array(nullptr, of->values.view.images, of->values.height - 2, of->values.width - 2, outputs)),
+        image(std::move(of)),
         weight(std::move(weights)),
         bias(std::move(biases)),
-        layer{image.view, weight.data(), bias.data(), relu},
-        values(nullptr, image.view.images, image.view.height - 2, image.view.width - 2, outputs) {}
+        layer{image->pixels.data(),
+              image->values.height,
+              image->values.width,
+              image->values.view.channels,
+              weight.data(),
+              bias.data(),
+              relu} {}
+  void compute(const View& values) const override { kernels().first_layer_forward(layer, values); }
 };
 
 constexpr int kGradientBorder = 2;  // what a 3x3 convolution's data gradient reads beyond its gradient
@@ -154,14 +179,11 @@ auto run(const Body& body) {
 const View& Array::whole_or_kept() const {
   if (pending == nullptr) return view;
   run([&] {
-    PendingLayer& p = *pending;
+    Pending& p = *pending;
     if (p.computed) return;
     const View& v = p.values.view;
     p.values = Array(v.images, v.height, v.width, v.channels);
-    Destination to(Channels{{p.values.view}}, v.height, v.width);
-    to.bias = p.layer.bias;
-    to.relu = p.layer.relu;
-    kernels().conv3x3_forward(Channels{{p.layer.image}}, p.layer.weight, to, Algorithm::kDirect);
+    p.compute(p.values.view);
     p.computed = true;
   });
   return pending->values.view;
@@ -169,7 +191,8 @@ const View& Array::whole_or_kept() const {
 
 // A first layer that nobody has computed and that may stay so.
 const FirstLayer* first_layer_of(const Array& x) {
-  return x.pending != nullptr && !x.pending->computed ? &x.pending->layer : nullptr;
+  const auto* const pending = dynamic_cast<const PendingLayer*>(x.pending.get());
+  return pending != nullptr && !pending->computed ? &pending->layer : nullptr;
 }
 
 void expect(bool holds, const std::string& sentence) {
@@ -201,12 +224,19 @@ Algorithm algorithm_named(const std::string& name) {
                               "' is unknown; expected auto, direct, winograd2, winograd4 or winograd6");
 }
 
+constexpr int kImageChannels = 4;  // of more, computing a first layer again would cost more than it saves
+
 Array from_pixels(const Floats& pixels) {
   expect(pixels.ndim() == 4,
          "an array of " + std::to_string(pixels.ndim()) + " axes was given, (N, H, W, C) is expected");
-  Array result(static_cast<int>(pixels.shape(0)), static_cast<int>(pixels.shape(1)), static_cast<int>(pixels.shape(2)),
-               static_cast<int>(pixels.shape(3)));
+  int shape[4];
+  for (int axis = 0; axis < 4; ++axis) shape[axis] = static_cast<int>(pixels.shape(axis));
+  const auto [images, height, width, channels] = shape;
   const float* source = pixels.data();
+  if (channels <= kImageChannels)
+    return Array(std::make_shared<PendingImage>(source, images, height, width, channels), images, height, width,
+                 channels);
+  Array result(images, height, width, channels);
   run([&] { kernels().to_blocks(source, result.view); });
   return result;
 }
@@ -246,25 +276,27 @@ ptrdiff_t weight_floats(int input_blocks, int outputs, int taps) {
   return static_cast<ptrdiff_t>(input_blocks) * kBlock * padded(outputs) * taps;
 }
 
-constexpr int kFirstLayerChannels = 4;  // of more, computing a layer again would cost more than it saves
-
 // What a convolution computes, but for where it goes.
 struct Convolution3x3 {
-  Channels input;
+  const Array& x;
+  const std::optional<Array>& skip;
   const float *weight, *bias;
   int images, height, width, outputs;
-
   Algorithm algorithm;
 
   Convolution3x3(const Array& x, const std::optional<Array>& skip, const Floats& weight_values,
                  const Floats& bias_values, int outputs, const std::string& algorithm_name)
-      : images(x.view.images), height(x.view.height - 2), width(x.view.width - 2), outputs(outputs) {
+      : x(x), skip(skip), images(x.view.images), height(x.view.height - 2), width(x.view.width - 2), outputs(outputs) {
     expect(x.view.height >= 3 && x.view.width >= 3,
            "conv3x3 was given an input of shape " + x.describe() + "; it must be at least 3 x 3 pixels");
     algorithm = algorithm_named(algorithm_name);
-    input = concatenation(x, skip, kernels().uses_winograd(algorithm, x.view.channels, outputs, height, width));
-    weight = expect_floats(weight_values, weight_floats(input.blocks(), outputs, 9), "the weight of conv3x3");
+    const int blocks = x.view.blocks() + (skip ? skip->view.blocks() : 0);
+    weight = expect_floats(weight_values, weight_floats(blocks, outputs, 9), "the weight of conv3x3");
     bias = expect_floats(bias_values, padded(outputs), "the bias of conv3x3");
+  }
+
+  Channels input() const {
+    return concatenation(x, skip, kernels().uses_winograd(algorithm, x.view.channels, outputs, height, width));
   }
 
   Destination to(const Array& output, bool relu) const {
@@ -278,9 +310,10 @@ struct Convolution3x3 {
 Array conv3x3_forward(const Array& x, const std::optional<Array>& skip, const Floats& weight, const Floats& bias,
                       int outputs, bool relu, const std::string& algorithm) {
   const Convolution3x3 c(x, skip, weight, bias, outputs, algorithm);
-  if (!skip && x.pending == nullptr && x.view.channels <= kFirstLayerChannels && c.algorithm != Algorithm::kDirect) {
+  const auto image = std::dynamic_pointer_cast<PendingImage>(x.pending);
+  if (!skip && image != nullptr && c.algorithm != Algorithm::kDirect) {
     const auto pending =
-        std::make_shared<PendingLayer>(x, std::vector<float>(c.weight, c.weight + weight.size()),
+        std::make_shared<PendingLayer>(image, std::vector<float>(c.weight, c.weight + weight.size()),
                                        std::vector<float>(c.bias, c.bias + bias.size()), relu, outputs);
     Array output(pending, c.images, c.height, c.width, outputs);
     output.rectified = relu;
@@ -288,7 +321,8 @@ Array conv3x3_forward(const Array& x, const std::optional<Array>& skip, const Fl
   }
   Array output(c.images, c.height, c.width, outputs);
   output.rectified = relu;
-  run([&] { kernels().conv3x3_forward(c.input, c.weight, c.to(output, relu), c.algorithm); });
+  const Channels input = c.input();
+  run([&] { kernels().conv3x3_forward(input, c.weight, c.to(output, relu), c.algorithm); });
   return output;
 }
 
@@ -312,7 +346,8 @@ std::tuple<Array, Array, std::optional<Choice>> conv3x3_maxpool2x2_forward(const
                                                                            int kept_height, int kept_width,
                                                                            bool wants_choice,
                                                                            const std::string& algorithm) {
-  const Convolution3x3 c(x, std::nullopt, weight, bias, outputs, algorithm);
+  const std::optional<Array> no_skip;
+  const Convolution3x3 c(x, no_skip, weight, bias, outputs, algorithm);
   expect(c.height >= 2 && c.width >= 2, "maxpool2x2 was given the convolution of an input of shape " + x.describe() +
                                             "; it must be at least 4 x 4 pixels");
   expect(kept_height >= 1 && kept_height <= c.height && kept_width >= 1 && kept_width <= c.width,
@@ -324,11 +359,12 @@ std::tuple<Array, Array, std::optional<Choice>> conv3x3_maxpool2x2_forward(const
   kept.rectified = true;
   std::optional<Choice> choice;
   if (wants_choice) choice.emplace(pooled, true);
+  const Channels input = c.input();
   run([&] {
     Destination to = c.to(kept, true);
     to.pooled = pooled.view;
     to.choice = choice ? choice->data() : nullptr;
-    kernels().conv3x3_forward(c.input, c.weight, to, c.algorithm);
+    kernels().conv3x3_forward(input, c.weight, to, c.algorithm);
   });
   return {kept, pooled, choice};
 }
@@ -341,7 +377,7 @@ std::pair<std::optional<Array>, std::optional<Array>> conv3x3_backward(const Arr
                                                                        const Floats& weight, Floats& weight_gradient,
                                                                        Floats& bias_gradient, bool wants_input,
                                                                        const std::string& algorithm) {
-  const View& g = gradient.view;
+  const View& g = gradient.whole();
   const bool masks = relu_output && !gradient.masked;
   expect(g.images == x.view.images && g.height == x.view.height - 2 && g.width == x.view.width - 2,
          "conv3x3's gradient has shape " + gradient.describe() + ", which does not fit its input " + x.describe());
@@ -402,7 +438,7 @@ Array upconv2x2_forward(const Array& x, const Floats& weight, const Floats& bias
 
 std::optional<Array> upconv2x2_backward(const Array& gradient, const Array& x, const Floats& weight,
                                         Floats& weight_gradient, Floats& bias_gradient, bool wants_input) {
-  const View& g = gradient.view;
+  const View& g = gradient.whole();
   expect(g.images == x.view.images && g.height == 2 * x.view.height && g.width == 2 * x.view.width,
          "upconv2x2's gradient has shape " + gradient.describe() + ", which does not fit its input " + x.describe());
   const ptrdiff_t floats = weight_floats(x.view.blocks(), g.channels, 4);
@@ -432,7 +468,7 @@ Array conv1x1_forward(const Array& x, const Floats& weight, const Floats& bias, 
 
 std::optional<Array> conv1x1_backward(const Array& gradient, const Array& x, const Floats& weight,
                                       Floats& weight_gradient, Floats& bias_gradient, bool wants_input) {
-  const View& g = gradient.view;
+  const View& g = gradient.whole();
   expect(g.images == x.view.images && g.height == x.view.height && g.width == x.view.width,
          "conv1x1's gradient has shape " + gradient.describe() + ", which does not fit its input " + x.describe());
   const ptrdiff_t floats = weight_floats(x.view.blocks(), g.channels, 1);
@@ -478,7 +514,7 @@ std::pair<Array, Choice> maxpool2x2_forward(const Array& x) {
 // The gradient of the pooling's input, to which that of its centre is added where there is one.
 Array maxpool2x2_backward(const Array& gradient, const Choice& choice, int height, int width,
                           const std::optional<Array>& present) {
-  const View& g = gradient.view;
+  const View& g = gradient.whole();
   expect(g.height == height / 2 && g.width == width / 2 && same_shape(g, choice.pooled.view),
          "maxpool2x2's gradient has shape " + gradient.describe() + ", which does not fit its input");
   Array input_gradient(g.images, height, width, g.channels, choice.rectified ? kGradientBorder : 0);
@@ -528,7 +564,8 @@ Array dropout(const Array& x, float rate, uint64_t seed, uint64_t draw) {
 }
 
 void multiply(const Array& target, float factor) {
-  run([&] { kernels().multiply(target.view, factor); });
+  const View& v = target.whole();
+  run([&] { kernels().multiply(v, factor); });
 }
 
 void sgd_momentum(Floats& value, const Floats& gradient, Floats& momentum, float learning_rate, float rate) {

@@ -17,6 +17,12 @@ constexpr size_t kSmall = size_t{64} << 10;  // below, malloc does as well
 
 size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
+void ask_for_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  madvise(block, bytes, MADV_HUGEPAGE);
+#endif
+}
+
 // Addresses of which memory is committed from the bottom up. A block takes the lowest free place that it fits into:
 // what is long-lived sinks to the bottom, and the rest is one free place when it goes.
 class Range {
@@ -84,9 +90,7 @@ class Range {
     if (bytes <= committed_) return true;
     const size_t end = round_up(bytes, kHugePage);
     if (end > reserved_ || mprotect(base_ + committed_, end - committed_, PROT_READ | PROT_WRITE) != 0) return false;
-#if defined(MADV_HUGEPAGE)
-    madvise(base_ + committed_, end - committed_, MADV_HUGEPAGE);
-#endif
+    ask_for_huge_pages(base_ + committed_, end - committed_);
     committed_ = end;
     return true;
   }
@@ -164,7 +168,7 @@ void trim() {
   Store& s = store();
   std::lock_guard<std::mutex> lock(s.mutex);
   for (Scratch& slot : slots) {
-    give_back(s, slot.block, rounded(slot.floats));
+    std::free(slot.block);
     slot = Scratch{};
   }
   s.range.trim();
@@ -191,11 +195,14 @@ void reset_peak() {
 float* scratch(ScratchSlot slot, size_t floats) {
   Scratch& wanted = slots[slot];
   if (floats > wanted.floats) {
-    Store& s = store();
-    std::lock_guard<std::mutex> lock(s.mutex);
-    give_back(s, wanted.block, rounded(wanted.floats));
+    // Beside the range: what is never given back would break up its free places.
+    const size_t bytes = round_up(floats * sizeof(float), kPage);
+    std::free(wanted.block);
     wanted = Scratch{};
-    wanted.block = take(s, rounded(floats));
+    void* block = nullptr;
+    if (posix_memalign(&block, bytes >= kHugePage ? kHugePage : kPage, bytes) != 0) throw std::bad_alloc();
+    ask_for_huge_pages(block, bytes);
+    wanted.block = static_cast<float*>(block);
     wanted.floats = floats;
   }
   return wanted.block;

@@ -214,20 +214,20 @@ def activation_bytes(
 
     The walk of the forward pass: a layer holds its input and its output; a level's second convolution goes into its
     pooled map and the centre that the way up reads, which is kept until then. The first layer of an image is computed
-    as it is read, and holds the image only. Channels are counted in blocks of 16.
+    as it is read, from the image as it came. Channels are counted in blocks of 16.
     The worst moment is one of the finest level's, on the way down or, with the skip, on the way up.
     """
     height, width = np.asarray(height, np.int64), np.asarray(width, np.int64)
     out_height, out_width = (side - 2 * border(network.depth) for side in (height, width))
     kept = np.zeros_like(height)
-    worst = _bytes(height, width, network.in_channels)
+    worst = np.zeros_like(height)
     skips = []
     for level in range(network.depth + 1):
         channels = network.base_channels * 2**level
         source = _bytes(height, width, network.in_channels if level == 0 else channels // 2)
         first, second = (_bytes(height - lost, width - lost, channels) for lost in (2, 4))
         if level == 0 and network.in_channels <= IMAGE_CHANNELS:
-            first = source + (first if network.base_channels < BLOCK else 0)
+            first = first if network.base_channels < BLOCK else 0 * first
             worst = np.maximum(worst, first)
         else:
             worst = np.maximum(worst, kept + source + first)

@@ -140,5 +140,5 @@ def test_memory_of_a_network_written_out():
     expected = max(first_down, finest_down, bottom, up)
     assert activation_bytes(20, 20, network(in_channels=5, base_channels=16, depth=1)) == expected
     # The first layer of an image of few channels is never there.
-    expected = max(block * (8**2 + 20**2 + 8**2), bottom, up)
+    expected = max(block * (8**2 + 8**2), bottom, up)
     assert activation_bytes(20, 20, network(in_channels=4, base_channels=16, depth=1)) == expected

@@ -74,6 +74,16 @@ void conv3x3_forward(const Channels& input, const float* weight, const Destinati
   }
 }
 
+void first_layer_forward(const FirstLayer& layer, const View& output) {
+  constexpr int kRows = 8;
+  const int blocks = output.blocks(), bands = ceil_div(output.height, kRows);
+  parallel(output.images * blocks * bands, [&](int task, int) {
+    const int top = task % bands * kRows, block = task / bands % blocks, image = task / bands / blocks;
+    first_layer_part(layer, output, image, top, top + kRows, 0, output.width, block, 1,
+                     output.at(image, block, top, 0));
+  });
+}
+
 void conv3x3_backward_data(const View& gradient, const float* weight, const Destination& to, Algorithm algorithm) {
   const int inputs = to.values.blocks() * kBlock, outputs = gradient.blocks() * kBlock;
   float* const transposed = scratch(kTransposed, static_cast<size_t>(inputs) * outputs * 9);

@@ -16,13 +16,13 @@ INLINE void first_layer_pixels(const FirstLayer& layer, const float* const* rows
   vec sums[PIXELS];
   UNROLL
   for (int p = 0; p < PIXELS; ++p) sums[p] = bias;
-  for (int channel = 0; channel < layer.image.channels; ++channel) {
+  for (int channel = 0; channel < layer.channels; ++channel) {
     UNROLL
     for (int tap = 0; tap < 9; ++tap) {
       const vec w = load(weight + (tap * kBlock + channel) * group);
-      const float* const x = rows[tap / 3] + (column + tap % 3) * kBlock + channel;
+      const float* const x = rows[tap / 3] + (column + tap % 3) * layer.channels + channel;
       UNROLL
-      for (int p = 0; p < PIXELS; ++p) sums[p] += x[p * kBlock] * w;
+      for (int p = 0; p < PIXELS; ++p) sums[p] += x[p * layer.channels] * w;
     }
   }
   UNROLL
@@ -49,7 +49,9 @@ View first_layer_part(const FirstLayer& layer, const View& sizes, int image, int
       const vec bias = load(layer.bias + output);
       for (int row = top; row < bottom; ++row) {
         const float* rows[3];
-        for (int ky = 0; ky < 3; ++ky) rows[ky] = layer.image.at(image, 0, row + ky, 0);
+        for (int ky = 0; ky < 3; ++ky)
+          rows[ky] =
+              layer.pixels + (static_cast<ptrdiff_t>(image) * layer.height + row + ky) * layer.width * layer.channels;
         float* const y = part.at(0, block, row, 0) + lane;
         int column = left;
         for (; column + kFirstLayerPixels <= right; column += kFirstLayerPixels)

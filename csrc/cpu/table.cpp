@@ -10,6 +10,7 @@ const KernelTable table = {
     NAME_OF(FASTUNET_ISA),
     uses_winograd,
     conv3x3_forward,
+    first_layer_forward,
     conv3x3_backward_data,
     conv3x3_backward_weight,
     upconv2x2_forward,

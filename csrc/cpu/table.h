@@ -9,6 +9,7 @@ namespace FASTUNET_ISA {
 
 bool uses_winograd(Algorithm, int, int, int, int);
 void conv3x3_forward(const Channels&, const float*, const Destination&, Algorithm);
+void first_layer_forward(const FirstLayer&, const View&);
 void conv3x3_backward_data(const View&, const float*, const Destination&, Algorithm);
 void conv3x3_backward_weight(const Channels&, const View&, float*, float*, Algorithm);
 void upconv2x2_forward(const View&, const float*, const float*, const View&);
