@@ -8,15 +8,16 @@ import bisect
 import numpy as np
 
 from fastunet import backends
-from fastunet.geometry import input_size, is_valid_input, output_size
+from fastunet.geometry import input_size, is_valid_input, output_size, skip_size
 from fastunet.memory import format_bytes
 from fastunet.optim import SGD
+from fastunet.tiling import IMAGE_CHANNELS
 from fastunet.unet import UNet
 
 FLOAT = 4
 SCRATCH = 96 << 20
-KERNEL_FACTOR = 1.25
-PARAMETER_COPIES = 3
+KERNEL_FACTOR = 1.1
+PARAMETER_COPIES = 2
 SAVING_COPIES = 6
 FIRST_STEP_FACTOR = 1.1
 
@@ -100,24 +101,31 @@ class _Outline(UNet):
 def estimated_bytes(tile: int, in_channels: int, num_classes: int, base_channels: int, depth: int) -> int:
     """Bytes that one training step takes on the CPU beyond the program itself, float32, batch 1.
 
-    Counted are every activation that the backward pass reads (both convolutions of a level, pooled and
-    up-convolved maps) and the gradients alive at once (the two largest), with a quarter on top for what the
-    kernels round up; three copies of the parameters (values, gradients, momentum); the samples waiting; and
-    96 MiB of the kernels' own. Writing a checkpoint takes six copies of the parameters after the activations
-    are gone; the larger of the two counts. Measured: 325 MiB for a step at tile 572 and 16 base channels, 633 at
-    32, where this gives 357 and 644.
+    Counted are every activation that the backward pass reads: both convolutions of a level, but of those that are
+    pooled the centre that the way up reads, and not the first of an image; pooled maps with the choice of each pixel;
+    up-convolved maps; and what dropout makes. On top come the gradients alive at once: three of the finest level on the
+    way up, or two on the way down, when the rest is gone; two copies of the parameters (values, momentum) and the
+    largest layer's gradient; the samples waiting; and 96 MiB of the kernels' own. Writing a checkpoint takes six copies
+    of the parameters after the activations are gone; the larger of the two counts. Measured: 195 MiB for a step at tile
+    572 and 16 base channels, 398 at 32, 927 at 64, where this gives 277, 474 and 1057.
     """
-    maps = [tile * tile * in_channels]
-    parameters = 0
-    side, channels = tile, in_channels
+    maps = []
+    parameters = largest = 0
+    side, channels, output = tile, in_channels, output_size(tile, depth)
     for level in range(depth + 1):
         width = base_channels * 2**level
-        maps += [(side - 2) ** 2 * width, (side - 4) ** 2 * width]
+        if level > 0 or in_channels > IMAGE_CHANNELS:
+            maps.append((side - 2) ** 2 * width)
+        largest = 9 * width * max(channels, width)
         parameters += 9 * width * (channels + width) + 2 * width
         side, channels = side - 4, width
+        if level >= depth - 1:
+            maps += 2 * [side * side * width]
+        else:
+            maps.append(skip_size(output, level) ** 2 * width)
         if level < depth:
             side //= 2
-            maps.append(side * side * channels)
+            maps.append(side * side * width * 5 // 4)
     for level in reversed(range(depth)):
         width = base_channels * 2**level
         side *= 2
@@ -127,8 +135,8 @@ def estimated_bytes(tile: int, in_channels: int, num_classes: int, base_channels
     maps.append(2 * side * side * num_classes)
     parameters += num_classes * (base_channels + 1)
     samples = 6 * (tile * tile * in_channels + 2 * side * side)
-    gradients = sum(sorted(maps)[-2:])
-    step = int(KERNEL_FACTOR * (sum(maps) + gradients))
+    way_up = sum(maps) + 3 * (side + 4) ** 2 * base_channels
+    step = int(KERNEL_FACTOR * max(way_up, 2 * tile * tile * base_channels)) + largest
     transient = max(step, SAVING_COPIES * parameters)
     return FLOAT * (transient + PARAMETER_COPIES * parameters + samples) + SCRATCH
 
