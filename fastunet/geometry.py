@@ -5,12 +5,13 @@ doubles it and two convolutions take 4 again. A side n halves evenly at every po
 multiple of 2**depth.
 """
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-Side = TypeVar("Side", int, NDArray[np.int64])
+Side = TypeVar("Side", int, "NDArray[np.int64]")
 
 
 def border(depth: int = 4) -> int:
