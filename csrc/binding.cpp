@@ -214,12 +214,12 @@ bool same_shape(const View& a, const View& b) {
   return a.images == b.images && a.height == b.height && a.width == b.width && a.channels == b.channels;
 }
 
+// In the order of Algorithm.
+constexpr const char* kAlgorithms[] = {"auto", "direct", "winograd2", "winograd4", "winograd6"};
+
 Algorithm algorithm_named(const std::string& name) {
-  if (name == "auto") return Algorithm::kAutomatic;
-  if (name == "direct") return Algorithm::kDirect;
-  if (name == "winograd2") return Algorithm::kWinograd2;
-  if (name == "winograd4") return Algorithm::kWinograd4;
-  if (name == "winograd6") return Algorithm::kWinograd6;
+  for (int i = 0; i < 5; ++i)
+    if (name == kAlgorithms[i]) return static_cast<Algorithm>(i);
   throw std::invalid_argument("convolution algorithm '" + name +
                               "' is unknown; expected auto, direct, winograd2, winograd4 or winograd6");
 }
@@ -255,6 +255,10 @@ void clear(const Array& array) { std::memset(array.block->data, 0, array.block->
 
 // --------------------------------------------------------------------------------------------------
 // convolution 3x3
+
+bool uses_winograd(Algorithm algorithm, int inputs, int outputs, int height, int width) {
+  return kernels().conv3x3_algorithm(algorithm, inputs, outputs, height, width) != Algorithm::kDirect;
+}
 
 // [the skip's centre, x] as one input; a first layer as it is, where it `may_be_pending`.
 Channels concatenation(const Array& x, const std::optional<Array>& skip, bool may_be_pending) {
@@ -296,7 +300,7 @@ struct Convolution3x3 {
   }
 
   Channels input() const {
-    return concatenation(x, skip, kernels().uses_winograd(algorithm, x.view.channels, outputs, height, width));
+    return concatenation(x, skip, uses_winograd(algorithm, x.view.channels, outputs, height, width));
   }
 
   Destination to(const Array& output, bool relu) const {
@@ -385,8 +389,7 @@ std::pair<std::optional<Array>, std::optional<Array>> conv3x3_backward(const Arr
                     relu_output->view.images == g.images && relu_output->view.channels == g.channels),
          "conv3x3's gradient has shape " + gradient.describe() + ", which is not that of its output");
   const Algorithm chosen = algorithm_named(algorithm);
-  const Channels input =
-      concatenation(x, skip, kernels().uses_winograd(chosen, x.view.channels, g.channels, g.height, g.width));
+  const Channels input = concatenation(x, skip, uses_winograd(chosen, x.view.channels, g.channels, g.height, g.width));
   const ptrdiff_t floats = weight_floats(input.blocks(), g.channels, 9);
   const float* w = expect_floats(weight, floats, "the weight of conv3x3");
   float* dw = expect_mutable(weight_gradient, floats, "the weight gradient of conv3x3");
@@ -598,6 +601,13 @@ PYBIND11_MODULE(_fastunet, module) {
   py::class_<Choice>(module, "Choice", "Which pixel won each 2x2 of a pooling.")
       .def_property_readonly("nbytes", [](const Choice& c) { return c.bytes->floats * sizeof(float); });
 
+  module.def(
+      "conv3x3_algorithm",
+      [](const std::string& wanted, int inputs, int outputs, int height, int width) {
+        const auto found = kernels().conv3x3_algorithm(algorithm_named(wanted), inputs, outputs, height, width);
+        return std::string(kAlgorithms[static_cast<int>(found)]);
+      },
+      "wanted"_a, "inputs"_a, "outputs"_a, "height"_a, "width"_a);
   module.def("conv3x3_forward", &conv3x3_forward, "x"_a, "skip"_a, "weight"_a, "bias"_a, "outputs"_a, "relu"_a,
              "algorithm"_a = "auto");
   module.def("conv3x3_maxpool2x2_forward", &conv3x3_maxpool2x2_forward, "x"_a, "weight"_a, "bias"_a, "outputs"_a,

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from fastunet.autograd import no_grad
 from fastunet.geometry import border, input_size, output_size
 from fastunet.memory import available_bytes, format_bytes, parse_bytes
 from fastunet.predictor import Predictor, model_file, shipped_models
-from fastunet.tiling import TilePlan, forward_flops
+from fastunet.tiling import IMAGE_CHANNELS, TilePlan, forward_flops
 from fastunet.training_memory import largest_training_tile, training_bytes
 from fastunet.unet import UNet
 
@@ -33,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--image", default="512x512", metavar="HxW", help="size of the image to plan for (default: 512x512)"
     )
     parser.add_argument("--tile", default="auto", metavar="N|auto", help="input size of the network")
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="how the CPU computes each layer on a tile of --tile (default: 572), of MODEL or the paper's network",
+    )
     parser.add_argument("--memory", metavar="BYTES", help="how much a prediction may use, such as 2G")
     command.add_common_options(parser)
     return command.run(parser, _describe, argv)
@@ -41,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _describe(arguments: argparse.Namespace) -> None:
     if arguments.threads is not None:
         backends.set_threads(arguments.threads)
+    if arguments.kernels:
+        _describe_kernels(arguments.model, 572 if arguments.tile == "auto" else int(arguments.tile))
+        return
     if arguments.model is None:
         _describe_machine(arguments.device)
         return
@@ -79,6 +88,49 @@ def _describe_machine(device: str) -> None:
         )
     for name, value in rows.items():
         print(f"{name:9} {value}")
+
+
+def _describe_kernels(model: str | None, tile: int) -> None:
+    network = UNet.load(model_file(model), "cpu") if model else UNet(device="cpu", base_channels=1)
+    base, depth = (network.base_channels, network.depth) if model else (64, 4)
+    output_size(tile, depth)
+    backend: Any = network.backend
+    print(
+        f"{backends.describe()}, a tile of {tile}x{tile}\n\n"
+        "3x3 convolutions: the fewest multiplications of direct, Winograd F(2x2, 3x3) and F(4x4, 3x3); direct where\n"
+        "fewer than 16 channels go in or come out. The first layer of an image of up to 4 channels is computed\n"
+        "wherever it is read. FASTUNET_CONV=direct, winograd2, winograd4 or winograd6 overrides.\n"
+    )
+    print(
+        f"{'layer':20} {'output':>11} {'channels':>13}  {'forward':11} {'data gradient':14} weight gradient"
+    )
+
+    def row(layer: str, side: int, inputs: int, outputs: int, *algorithms: str) -> None:
+        forward, data, weight = algorithms if len(algorithms) == 3 else 3 * ("direct",)
+        channels = f"{inputs} -> {outputs}"
+        print(f"{layer:20} {f'{side}x{side}':>11} {channels:>13}  {forward:11} {data:14} {weight}")
+
+    def conv3x3(layer: str, side: int, inputs: int, outputs: int, is_first: bool = False) -> None:
+        forward = backend.conv3x3_algorithm(inputs, outputs, side, side)
+        data = "none" if is_first else backend.conv3x3_algorithm(outputs, inputs, side + 2, side + 2)
+        as_read = is_first and inputs <= IMAGE_CHANNELS and backend.algorithm != "direct"
+        row(layer, side, inputs, outputs, "where read" if as_read else forward, data, forward)
+
+    side, inputs = tile, network.in_channels
+    for level in range(depth + 1):
+        width = base * 2**level
+        name = f"encoder.{level}" if level < depth else "bottleneck"
+        conv3x3(f"{name}.conv1", side - 2, inputs, width, level == 0)
+        conv3x3(f"{name}.conv2", side - 4, width, width)
+        side, inputs = (side - 4) // 2 if level < depth else side - 4, width
+    for step in range(depth):
+        width = base * 2 ** (depth - 1 - step)
+        side *= 2
+        row(f"decoder.{step}.upconv", side, 2 * width, width)
+        conv3x3(f"decoder.{step}.conv1", side - 2, 2 * width, width)
+        conv3x3(f"decoder.{step}.conv2", side - 4, width, width)
+        side -= 4
+    row("head", side, base, network.num_classes)
 
 
 def _describe_network(model: UNet) -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fastunet import UNet
-from fastunet.backends.cpu import CpuBackend, Predictions
+from fastunet.backends.cpu import CpuBackend, Predictions, backend
 from fastunet.geometry import input_size, output_size
 from fastunet.info import main
 from fastunet.tiling import forward_flops, prediction_bytes
@@ -115,3 +115,34 @@ def test_a_file_that_is_no_model(capsys, tmp_path):
 def test_as_a_subcommand(model):
     done = subprocess.run([sys.executable, "-m", "fastunet", "info", model], capture_output=True, text=True)
     assert done.returncode == 0 and "U-Net of depth 3" in done.stdout
+
+
+def test_the_kernels_of_every_layer(capsys, model, monkeypatch):
+    status, out, _ = info(capsys, "--kernels", "--tile", "188")
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if "->" in line}
+    assert status == 0 and len(rows) == 23
+    assert rows["encoder.0.conv1"] == ["186x186", "1", "->", "64", "where", "read", "none", "direct"]
+    assert rows["encoder.0.conv2"] == ["184x184", "64", "->", "64", *3 * ["winograd4"]]
+    assert rows["bottleneck.conv2"] == ["4x4", "1024", "->", "1024", *3 * ["winograd4"]]
+    assert rows["decoder.0.upconv"][4:] == 3 * ["direct"] and rows["head"][:4] == ["4x4", "64", "->", "2"]
+    status, out, _ = info(capsys, model, "--kernels", "--tile", "116")
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if "->" in line}
+    assert status == 0 and rows["encoder.0.conv2"] == ["112x112", "4", "->", "4", *3 * ["direct"]]
+    assert rows["bottleneck.conv2"][4:] == 3 * ["winograd4"]
+    status, _, err = info(capsys, "--kernels", "--tile", "573")
+    assert status == 2 and "573" in err and len(err.splitlines()) == 1
+
+
+def test_the_rule_takes_the_fewest_multiplications():
+    def work(algorithm, height, width):
+        tile = int(algorithm[-1]) if algorithm != "direct" else 0
+        return -(-height // tile) * -(-width // tile) * (tile + 2) ** 2 if tile else 9 * height * width
+
+    for height in range(1, 20):
+        for width in range(1, 20):
+            found = backend.conv3x3_algorithm(16, 48, height, width)
+            assert work(found, height, width) == min(
+                work(name, height, width) for name in ("direct", "winograd2", "winograd4")
+            )
+            assert backend.conv3x3_algorithm(15, 48, height, width) == "direct"
+            assert backend.conv3x3_algorithm(16, 15, height, width) == "direct"

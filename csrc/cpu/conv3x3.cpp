@@ -1,9 +1,8 @@
-// Valid 3x3 convolution: forward with bias and ReLU, data gradient, weight gradient, each directly or by
-// Winograd F(4x4, 3x3). One or two inputs: a concatenation is read in place and its gradient written in
-// place.
+// Valid 3x3 convolution: forward with bias and ReLU, data gradient, weight gradient, each directly or by Winograd in
+// tiles of 2, 4 or 6 outputs. One or two inputs: a concatenation is read in place and its gradient written in place.
 //
-// Cost: 18 * in * out FLOPs a pixel directly; by Winograd 4.5 * in * out and its transforms, which move 36/16 of the
-// activations. Tested against torch.nn.functional.conv2d in float64 (tests/test_ops.py).
+// Cost: 18 * in * out FLOPs a pixel directly; by Winograd in tiles of 4, 4.5 * in * out and its transforms, which move
+// 36/16 of the activations. Tested against torch.nn.functional.conv2d in float64 (tests/test_ops.py).
 #include "convolve.h"
 #include "correlate.h"
 #include "table.h"
@@ -12,14 +11,6 @@
 
 namespace fastunet {
 namespace {
-
-// The choice, the same for the three directions: tiles of 4 x 4 wherever there are channels to pay for their transforms
-// and at least one whole tile.
-Algorithm chosen(Algorithm wanted, int inputs, int outputs, int height, int width) {
-  if (wanted != Algorithm::kAutomatic) return wanted;
-  const bool pays = inputs >= kBlock && outputs >= kBlock && height >= 4 && width >= 4;
-  return pays ? Algorithm::kWinograd4 : Algorithm::kDirect;
-}
 
 // Directly; crop, mask and pooling are passes of their own.
 void convolve_to(const Channels& input, const float* weight, const Destination& to) {
@@ -57,12 +48,19 @@ int channel_count(const Channels& c) { return c.part[0].channels + (c.count == 2
 
 namespace FASTUNET_ISA {
 
-bool uses_winograd(Algorithm algorithm, int inputs, int outputs, int height, int width) {
-  return chosen(algorithm, inputs, outputs, height, width) != Algorithm::kDirect;
+Algorithm conv3x3_algorithm(Algorithm wanted, int inputs, int outputs, int height, int width) {
+  if (wanted != Algorithm::kAutomatic) return wanted;
+  if (inputs < kBlock || outputs < kBlock) return Algorithm::kDirect;
+  const auto multiplications = [&](int tile) {
+    return int64_t{ceil_div(height, tile)} * ceil_div(width, tile) * (tile + 2) * (tile + 2);
+  };
+  const int64_t direct = int64_t{9} * height * width, by_two = multiplications(2), by_four = multiplications(4);
+  if (by_four <= by_two && by_four < direct) return Algorithm::kWinograd4;
+  return by_two < direct ? Algorithm::kWinograd2 : Algorithm::kDirect;
 }
 
 void conv3x3_forward(const Channels& input, const float* weight, const Destination& to, Algorithm algorithm) {
-  switch (chosen(algorithm, channel_count(input), channel_count(to.values), to.height, to.width)) {
+  switch (conv3x3_algorithm(algorithm, channel_count(input), channel_count(to.values), to.height, to.width)) {
     case Algorithm::kWinograd2:
       return winograd_forward<2>(input, weight, to);
     case Algorithm::kWinograd6:
@@ -97,7 +95,7 @@ void conv3x3_backward_data(const View& gradient, const float* weight, const Dest
 
 void conv3x3_backward_weight(const Channels& input, const View& gradient, float* weight_gradient, float* bias_gradient,
                              Algorithm algorithm) {
-  switch (chosen(algorithm, channel_count(input), gradient.channels, gradient.height, gradient.width)) {
+  switch (conv3x3_algorithm(algorithm, channel_count(input), gradient.channels, gradient.height, gradient.width)) {
     case Algorithm::kWinograd2:
       return winograd_backward_weight<2>(input, gradient, weight_gradient, bias_gradient);
     case Algorithm::kWinograd6:

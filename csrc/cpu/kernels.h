@@ -83,8 +83,10 @@ struct CrossEntropy {
 struct KernelTable {
   const char* name;
 
-  // Whether, of a convolution of so many channels, conv3x3_forward and its two ways back go by Winograd.
-  bool (*uses_winograd)(Algorithm, int inputs, int outputs, int height, int width);
+  // What kAutomatic comes to for a convolution with so many values to compute (forward and weight gradient: of the
+  // output; data gradient: of the input, with inputs and outputs exchanged): the fewest multiplications; directly where
+  // there are fewer than 16 channels on either side, which would not pay for transforms.
+  Algorithm (*conv3x3_algorithm)(Algorithm, int inputs, int outputs, int height, int width);
 
   // What is computed is 2 smaller than the input, whose parts are equally large (crops are made by the caller). A first
   // layer is read, and is a mask, by Winograd only.

@@ -8,7 +8,7 @@ namespace FASTUNET_ISA {
 
 const KernelTable table = {
     NAME_OF(FASTUNET_ISA),
-    uses_winograd,
+    conv3x3_algorithm,
     conv3x3_forward,
     first_layer_forward,
     conv3x3_backward_data,

@@ -7,7 +7,7 @@
 namespace fastunet {
 namespace FASTUNET_ISA {
 
-bool uses_winograd(Algorithm, int, int, int, int);
+Algorithm conv3x3_algorithm(Algorithm, int, int, int, int);
 void conv3x3_forward(const Channels&, const float*, const Destination&, Algorithm);
 void first_layer_forward(const FirstLayer&, const View&);
 void conv3x3_backward_data(const View&, const float*, const Destination&, Algorithm);

@@ -57,6 +57,10 @@ class CpuBackend:
     dropout = staticmethod(engine.dropout)
     sgd_momentum = staticmethod(engine.sgd_momentum)
 
+    def conv3x3_algorithm(self, inputs: int, outputs: int, height: int, width: int) -> str:
+        """What a 3x3 convolution of so many channels to compute height x width values goes by."""
+        return engine.conv3x3_algorithm(self.algorithm, inputs, outputs, height, width)
+
     def conv3x3_forward(self, x: Any, skip: Any, weight: Any, bias: Any, outputs: int, relu: bool) -> Any:
         return engine.conv3x3_forward(x, skip, weight, bias, outputs, relu, self.algorithm)
 
