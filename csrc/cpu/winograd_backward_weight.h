@@ -145,12 +145,12 @@ struct WinogradBackwardWeight {
 };
 
 constexpr int kMostSlots = 64, kFewestSlots = 6;
-constexpr int kFewestSlotTiles = 250;                     // below, clearing and adding up the slots' sums would show
-constexpr size_t kSlotsLimit = size_t{8} << 20;           // the sums of all slots together
-constexpr size_t kPrivateRunLimit = size_t{1200} << 10;   // V and D of a thread's patch
-constexpr size_t kGradientTilesLimit = size_t{12} << 20;  // V and D of a shared patch in L3
-constexpr int kFewestGradientTiles = 160;                 // of a shared patch: below, transforming back would show
-constexpr int kChunkBlocks = 4;                           // of inputs: a chunk's sums stay in L2
+constexpr int kFewestSlotTiles = 250;                    // below, clearing and adding up the slots' sums would show
+constexpr size_t kSlotsLimit = size_t{8} << 20;          // the sums of all slots together
+constexpr size_t kPrivateRunLimit = size_t{1200} << 10;  // V and D of a thread's patch
+constexpr size_t kGradientTilesLimit = size_t{8} << 20;  // V and D of a shared patch in L3
+constexpr int kFewestGradientTiles = 160;                // of a shared patch: below, transforming back would show
+constexpr int kChunkBlocks = 4;                          // of inputs: a chunk's sums stay in L2
 
 template <int T>
 void winograd_backward_weight(const Channels& input, const View& gradient, float* weight_gradient,

@@ -4,6 +4,8 @@
 // transforms their weights as it goes, a slab of inputs at a time, which stays in its L2.
 #pragma once
 
+#include <unistd.h>
+
 #include "../memory.h"
 #include "destination.h"
 #include "micro_kernels.h"
@@ -152,11 +154,23 @@ struct WinogradForward {
   }
 };
 
-constexpr size_t kSharedWeightsLimit = size_t{10} << 20;  // transformed weights that stay in L3 beside the tiles
 constexpr size_t kPrivateTilesLimit = size_t{700} << 10;  // a thread's V and M in its L2
 constexpr size_t kSharedTilesLimit = size_t{10} << 20;    // all threads' V in L3
 constexpr size_t kSlabLimit = size_t{850} << 10;          // M and a slab of transformed weights in a thread's L2
 constexpr int kPrivatePanels = 3;                         // more would gain nothing
+
+// Transformed weights that stay in L3 beside the tiles: 0.6 of it, or 10 MB where the system does not tell its size.
+size_t shared_weights_limit() {
+  static const size_t limit = [] {
+    long third_level = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    third_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    const size_t share = third_level > 0 ? static_cast<size_t>(third_level) / 10 * 6 : 0;
+    return share > (size_t{10} << 20) ? share : size_t{10} << 20;
+  }();
+  return limit;
+}
 
 // Each thread takes patches through all three stages; all read the same transformed weights.
 template <int T>
@@ -247,7 +261,7 @@ template <int T>
 void winograd_forward(const Channels& input, const float* weight, const Destination& to) {
   const WinogradForward<T> conv(input, weight, to);
   const size_t weights = Winograd<T>::kFrequencies * conv.inputs() * conv.outputs * sizeof(float);
-  if (weights <= kSharedWeightsLimit) {
+  if (weights <= shared_weights_limit()) {
     winograd_private(conv);
   } else {
     winograd_shared(conv);
