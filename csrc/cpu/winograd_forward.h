@@ -159,7 +159,8 @@ constexpr size_t kSharedTilesLimit = size_t{10} << 20;    // all threads' V in L
 constexpr size_t kSlabLimit = size_t{850} << 10;          // M and a slab of transformed weights in a thread's L2
 constexpr int kPrivatePanels = 3;                         // more would gain nothing
 
-// Transformed weights that stay in L3 beside the tiles: 0.6 of it, or 10 MB where the system does not tell its size.
+// Transformed weights that stay in L3 beside the tiles: 0.6 of it, from 10 MB, where the system does not tell its size,
+// to 20 MB, for a virtual machine may be told the size of somebody else's too.
 size_t shared_weights_limit() {
   static const size_t limit = [] {
     long third_level = 0;
@@ -167,7 +168,8 @@ size_t shared_weights_limit() {
     third_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
 #endif
     const size_t share = third_level > 0 ? static_cast<size_t>(third_level) / 10 * 6 : 0;
-    return share > (size_t{10} << 20) ? share : size_t{10} << 20;
+    const size_t least = size_t{10} << 20, most = size_t{20} << 20;
+    return share < least ? least : share > most ? most : share;
   }();
   return limit;
 }
