@@ -172,7 +172,7 @@ CONVOLUTIONS = [
     (1, 11, 8, 16, 0, 64, True),
     (2, 7, 12, 20, 24, 48, True),
     (1, 19, 21, 16, 16, 16, True),
-    (1, 6, 5, 272, 0, 288, False),  # weights beyond what the threads share
+    (1, 6, 5, 384, 0, 416, False),  # weights beyond what any cache is taken to hold
 ]
 
 
@@ -216,6 +216,21 @@ def test_conv3x3(kernels, backend, rng, algorithm, case):
     found = backend.unpack(dw, "conv", inputs, weight.shape)
     assert_close(found, torch_weight.grad.numpy() + before, "weight gradient, added")
     assert_close(db[:outputs], torch_bias.grad.numpy() + bias_before, "bias gradient, added")
+
+
+@pytest.mark.parametrize("algorithm, tile", [("winograd2", 2), ("winograd4", 4)], indirect=["algorithm"])
+def test_weight_gradient_of_many_tiles(kernels, backend, rng, algorithm, tile):
+    """So many that they are cut into runs with sums of their own."""
+    height, width, channels, outputs = 40 * tile - 1, 42 * tile + 1, 5, 16
+    x, gradient = normal(rng, 1, height + 2, width + 2, channels), normal(rng, 1, height, width, outputs)
+    weight = doubles(np.zeros((outputs, channels, 3, 3)))
+    F.conv2d(to_torch(x), weight).backward(to_torch(gradient).detach())
+    before = normal(rng, *weight.shape)
+    sums = backend.pack(before, "conv", (channels,)), np.zeros(outputs)
+    dw, db = kernels("conv3x3_backward_weight", algorithm, 1, Pixels(x), Pixels(gradient), *sums)
+    found = backend.unpack(dw, "conv", (channels,), before.shape)
+    assert_close(found, weight.grad.numpy() + before, "weight gradient, added")
+    assert_close(db, gradient.astype(np.float64).sum((0, 1, 2)), "bias gradient")
 
 
 @pytest.mark.parametrize("algorithm", ["winograd2", "winograd4", "winograd6"], indirect=True)
