@@ -9,32 +9,42 @@
 namespace fastunet {
 namespace {
 
-constexpr int kCounters = 16;
-typedef uint64_t counter_vec __attribute__((vector_size(kCounters * sizeof(uint64_t)), may_alias));
+constexpr int kCounters = 16, kCounterLanes = kLanes / 2, kCounterVectors = kCounters / kCounterLanes;
+typedef uint64_t counter_vec __attribute__((vector_size(kCounterLanes * sizeof(uint64_t)), may_alias));
+
+typedef uint32_t word_vec __attribute__((vector_size(kLanes * sizeof(uint32_t)), may_alias, aligned(4)));
 
 // words[4 * i + w] is word w of counter + i, for 4 pixels whose first counters are given: 4 counters each.
 INLINE void philox4x32(const uint64_t (&counters)[4], uint64_t draw, uint64_t seed, uint32_t (&words)[4 * kCounters]) {
   constexpr uint64_t kWord = 0xFFFFFFFFu;
-  counter_vec counter;
-  UNROLL
-  for (int i = 0; i < kCounters; ++i) counter[i] = counters[i / 4] + i % 4;
-  counter_vec c0 = counter & kWord, c1 = counter >> 32;
-  counter_vec c2 = counter_vec{} + (draw & kWord), c3 = counter_vec{} + (draw >> 32);
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const counter_vec p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;
-    c0 = (p1 >> 32) ^ c1 ^ uint64_t{k0};
-    c1 = p1 & kWord;
-    c2 = (p0 >> 32) ^ c3 ^ uint64_t{k1};
-    c3 = p0 & kWord;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  alignas(counter_vec) uint64_t lanes[4][kCounters];
-  const counter_vec result[4] = {c0, c1, c2, c3};
-  for (int w = 0; w < 4; ++w) {
-    *reinterpret_cast<counter_vec*>(lanes[w]) = result[w];
-    for (int i = 0; i < kCounters; ++i) words[4 * i + w] = static_cast<uint32_t>(lanes[w][i]);
+  alignas(64) uint64_t lanes[kCounters];
+  for (int i = 0; i < kCounters; ++i) lanes[i] = counters[i / 4] + i % 4;
+  for (int v = 0; v < kCounterVectors; ++v) {
+    const counter_vec counter = *reinterpret_cast<const counter_vec*>(lanes + v * kCounterLanes);
+    counter_vec c0 = counter & kWord, c1 = counter >> 32;
+    counter_vec c2 = counter_vec{} + (draw & kWord), c3 = counter_vec{} + (draw >> 32);
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      const counter_vec p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;
+      c0 = (p1 >> 32) ^ c1 ^ uint64_t{k0};
+      c1 = p1 & kWord;
+      c2 = (p0 >> 32) ^ c3 ^ uint64_t{k1};
+      c3 = p0 & kWord;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    // Two words to a lane, then lane by lane.
+    const counter_vec low = c0 | c1 << 32, high = c2 | c3 << 32;
+    alignas(64) uint64_t pairs[2][kCounterLanes];
+    *reinterpret_cast<counter_vec*>(pairs[0]) = low;
+    *reinterpret_cast<counter_vec*>(pairs[1]) = high;
+    for (int lane = 0; lane < kCounterLanes; ++lane) {
+      uint32_t* const word = words + 4 * (v * kCounterLanes + lane);
+      for (int pair = 0; pair < 2; ++pair) {
+        word[2 * pair] = static_cast<uint32_t>(pairs[pair][lane]);
+        word[2 * pair + 1] = static_cast<uint32_t>(pairs[pair][lane] >> 32);
+      }
+    }
   }
 }
 
@@ -64,6 +74,14 @@ void dropout(const View& input, const View& output, float rate, uint64_t seed, u
         const int skipped = static_cast<int>(element % 4);
         const uint32_t* const word = words + kBlock * p + skipped;
         const int at_once = smaller(used, kBlock - skipped);
+        if (at_once == kBlock) {
+          UNROLL
+          for (int i = 0; i < kBlock; i += kLanes) {
+            const word_vec drawn = *reinterpret_cast<const word_vec*>(word + i);
+            store(y + i, drawn >= threshold ? load(x + i) * scale : vec{});
+          }
+          continue;
+        }
         for (int i = 0; i < at_once; ++i) y[i] = word[i] >= threshold ? x[i] * scale : 0.0f;
         if (at_once < used) {  // the last few are of a fifth counter
           const uint64_t last[4] = {counters[p] + 4};
