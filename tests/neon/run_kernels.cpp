@@ -53,25 +53,25 @@ constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
 
 class Tensor {
  public:
-  Tensor(int images, int height, int width, int channels, float around = kPoison, int margin = kMargin)
-      : around_(around), margin_(margin) {
+  Tensor(int images, int height, int width, int channels, float around = kPoison, int sides = kMargin)
+      : around_(around), sides_(sides) {
     view.images = images;
     view.height = height;
     view.width = width;
     view.channels = channels;
-    view.row_stride = static_cast<ptrdiff_t>(width + 2 * margin) * kBlock;
-    view.block_stride = view.row_stride * (height + 2 * margin);
+    view.row_stride = static_cast<ptrdiff_t>(width + 2 * sides) * kBlock;
+    view.block_stride = view.row_stride * (height + 2 * kMargin);
     view.image_stride = view.block_stride * view.blocks();
     floats_ = static_cast<size_t>(view.image_stride) * images;
     memory_ = allocate(floats_);
-    view.data = memory_ + margin * (view.row_stride + kBlock);
+    view.data = memory_ + kMargin * view.row_stride + sides * kBlock;
     for (size_t i = 0; i < floats_; ++i) memory_[i] = around;
     for_each_pixel([](float* pixel, bool inside) {
       for (int i = 0; inside && i < kBlock; ++i) pixel[i] = kPoison;
     });
   }
-  explicit Tensor(const View& like, int margin = kMargin)
-      : Tensor(like.images, like.height, like.width, like.channels, kPoison, margin) {}
+  explicit Tensor(const View& like, int sides = kMargin)
+      : Tensor(like.images, like.height, like.width, like.channels, kPoison, sides) {}
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
   ~Tensor() {
@@ -97,8 +97,8 @@ class Tensor {
   void for_each_pixel(const Body& body) {
     for (int image = 0; image < view.images; ++image)
       for (int block = 0; block < view.blocks(); ++block)
-        for (int row = -margin_; row < view.height + margin_; ++row)
-          for (int column = -margin_; column < view.width + margin_; ++column)
+        for (int row = -kMargin; row < view.height + kMargin; ++row)
+          for (int column = -sides_; column < view.width + sides_; ++column)
             body(view.at(image, block, row, column),
                  row >= 0 && row < view.height && column >= 0 && column < view.width);
   }
@@ -106,7 +106,7 @@ class Tensor {
   float* memory_;
   size_t floats_;
   float around_;
-  int margin_;
+  int sides_;
 };
 
 void send(const Tensor& tensor) {
