@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -27,8 +28,23 @@ void ask_for_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t by
 // what is long-lived sinks to the bottom, and the rest is one free place when it goes.
 class Range {
  public:
+  // As many addresses as there may ever be memory, of which none is taken yet; fewer where the system grants no more.
+  // None where addresses are what a process is limited in: they would be gone for everything else.
+  Range() {
+    rlimit limit;
+    if (getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur != RLIM_INFINITY) return;
+    const size_t physical = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    for (reserved_ = round_up(4 * physical, kHugePage); reserved_ >= kHugePage; reserved_ /= 2) {
+      void* const range = mmap(nullptr, reserved_ + kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (range == MAP_FAILED) continue;
+      base_ = reinterpret_cast<char*>(round_up(reinterpret_cast<size_t>(range), kHugePage));
+      return;
+    }
+  }
+
+  bool exists() const { return base_ != nullptr; }
+
   char* allocate(size_t bytes) {
-    if (base_ == nullptr) reserve();
     for (auto place = free_.begin(); place != free_.end(); ++place) {
       if (place->second < bytes) continue;
       char* const block = base_ + place->first;
@@ -74,18 +90,6 @@ class Range {
   }
 
  private:
-  // As many addresses as there may ever be memory, of which none is taken yet; fewer where the system grants no more.
-  void reserve() {
-    const size_t physical = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    for (reserved_ = round_up(4 * physical, kHugePage); reserved_ >= kHugePage; reserved_ /= 2) {
-      void* const range = mmap(nullptr, reserved_ + kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (range == MAP_FAILED) continue;
-      base_ = reinterpret_cast<char*>(round_up(reinterpret_cast<size_t>(range), kHugePage));
-      return;
-    }
-    throw std::bad_alloc();
-  }
-
   bool commit(size_t bytes) {
     if (bytes <= committed_) return true;
     const size_t end = round_up(bytes, kHugePage);
@@ -119,7 +123,7 @@ size_t rounded(size_t floats) {
 // With the store's mutex held.
 float* take(Store& s, size_t bytes) {
   void* block = nullptr;
-  if (bytes >= kSmall) {
+  if (bytes >= kSmall && s.range.exists()) {
     block = s.range.allocate(bytes);
   } else if (posix_memalign(&block, 64, bytes) != 0) {
     block = nullptr;
@@ -130,7 +134,7 @@ float* take(Store& s, size_t bytes) {
 
 void give_back(Store& s, float* block, size_t bytes) {
   if (block == nullptr) return;
-  if (bytes >= kSmall) {
+  if (bytes >= kSmall && s.range.exists()) {
     s.range.release(reinterpret_cast<char*>(block), bytes);
   } else {
     std::free(block);

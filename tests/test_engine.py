@@ -182,3 +182,21 @@ def test_no_wide_instructions_can_leak_into_shared_code(tmp_path, source, isa, i
     ).stdout.splitlines()
     assert any(" T " in line or " D " in line or " R " in line for line in symbols)
     assert [line for line in symbols if line[17:18] in "WVu"] == []
+
+
+def test_memory_where_addresses_are_limited():
+    """The range of addresses for activations must not be what leaves none for everything else."""
+    code = (
+        "import resource, sys, numpy as np; limit = int(sys.argv[1])\n"
+        "if limit: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "from fastunet import Predictor, UNet\n"
+        "model = UNet(base_channels=4, depth=2, device='cpu').eval()\n"
+        "result = Predictor(model, tile=140)(np.random.default_rng(1).random((260, 300)))\n"
+        "ballast = np.ones(1 << 27, np.uint8); print(result.sum(dtype=float))"
+    )
+    found = [
+        subprocess.run([sys.executable, "-c", code, str(limit)], capture_output=True, text=True)
+        for limit in (0, 4 << 30)
+    ]
+    assert [done.returncode for done in found] == [0, 0], found[1].stderr
+    assert found[0].stdout == found[1].stdout != ""
