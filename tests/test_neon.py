@@ -115,6 +115,7 @@ def kernels(tmp_path_factory):
     build = (ROOT / "CMakeLists.txt").read_text()
     kernel_sources = re.search(r"set\(KERNEL_SOURCES\s+(.*?)\)", build, re.S)[1].split()
     kernel_flags = re.search(r"kernels_\$\{set\} PRIVATE (.*) \$\{FLAGS", build)[1].split()
+    kernel_flags += re.search(r"set\(FLAGS_baseline (.*)\)", build)[1].split()
     others = [
         "csrc/memory.cpp",
         "csrc/thread_pool.cpp",

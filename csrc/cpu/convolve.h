@@ -19,7 +19,7 @@ struct Convolution {
   int taps = 9, first_tap = 0;  // of the layout, and where this convolution's kernel begins in it
   const float* bias = nullptr;
   bool relu = false;
-  View mask;            // outputs only where this is above 0, where it has data
+  View mask{};          // outputs only where this is above 0, where it has data
   int output_step = 1;  // pixels between neighbouring outputs in a row of `output`
 };
 

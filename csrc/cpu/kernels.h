@@ -91,7 +91,7 @@ struct KernelTable {
   // What is computed is 2 smaller than the input, whose parts are equally large (crops are made by the caller). A first
   // layer is read, and is a mask, by Winograd only.
   void (*conv3x3_forward)(const Channels& input, const float* weight, const Destination&, Algorithm);
-  void (*first_layer_forward)(const FirstLayer&, const View& output);
+  void (*first_layer_forward)(const FirstLayer&, const View& output);  // whose rows lie one after the other
   // The transpose of conv3x3 on `gradient`, a view of the inside of a buffer with a border of two zero pixels on every
   // side. `weight` is the forward one.
   void (*conv3x3_backward_data)(const View& gradient, const float* weight, const Destination&, Algorithm);
