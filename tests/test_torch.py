@@ -219,64 +219,56 @@ def network(rng, device, dtype, **sizes) -> fastunet.torch.UNet:
     return fastunet.torch.UNet(**sizes, seed=int(rng.integers(2**31)), device=device, precision=precision)
 
 
-def sample(rng, classes=3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    labels = torch.tensor(rng.integers(0, classes, (1, 4, 6)))
-    return normal(rng, (1, 2, 20, 22)), labels, torch.tensor(rng.random((1, 4, 6)), dtype=torch.float32)
+def sample(rng, height=20, width=22, classes=3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    size = (1, height - 16, width - 16)
+    weights = torch.tensor(rng.random(size), dtype=torch.float32)
+    return normal(rng, (1, 2, height, width)), torch.tensor(rng.integers(0, classes, size)), weights
 
 
-def twin_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: values.detach().double().requires_grad_() for name, values in model.named_parameters()}
-
-
-def three_steps(rng, device, dtype) -> tuple[list[float], list[float], dict[str, float]]:
-    """Losses of both, and the errors of logits, gradients and, beside how far they went, of parameters."""
-    model = network(rng, device, dtype)
-    twin = twin_of(model)
-    before = {name: values.detach().clone() for name, values in twin.items()}
-    optimizers = [torch.optim.SGD(p, lr=0.02, momentum=0.9) for p in (model.parameters(), twin.values())]
-    x, labels, weights = sample(rng)
-    found, expected, errors = [], [], {}
-    for step in range(3):
-        x_leaf, x_twin = x.clone().requires_grad_(), x.double().requires_grad_()
-        logits, reference = model(x_leaf), torch_unet.forward(twin, x_twin, 1)
-        if step < 2:
-            loss = fastunet.torch.weighted_cross_entropy(logits, labels, weights)
-        else:
-            loss = model.loss(x_leaf, labels, weights)
-        truth = torch_unet.weighted_cross_entropy(reference, labels, weights.double())
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        truth.backward()
-        found.append(loss.item())
-        expected.append(truth.item())
-        if step == 0:
-            pairs = {"logits": (logits, reference), "x": (x_leaf.grad, x_twin.grad)}
-            pairs |= {name: (values.grad, twin[name].grad) for name, values in model.named_parameters()}
-            errors = {name: distance(a, b) for name, (a, b) in pairs.items()}
-        for optimizer in optimizers:
-            optimizer.step()
-    for name, values in model.named_parameters():
-        moved = values.detach().double() - before[name]
-        errors[f"{name} moved"] = distance(moved, twin[name] - before[name])
-    return found, expected, errors
+def twin_of(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The parameters in float64, as the kernels read them: masters, of which weights are rounded to `dtype`."""
+    return {
+        name: values.detach().to(dtype if values.ndim == 4 else torch.float32).double().requires_grad_()
+        for name, values in model.named_parameters()
+    }
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one.double() - other).norm() / other.norm()).item()
 
 
-def test_three_steps_of_sgd_go_where_pytorch_goes(device, dtype, rng):
-    # Of three draws one, as in emulator/test_table.py: rounding now and then turns a ReLU round.
-    tolerance, loss_tolerance = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.5, 0.05)}[dtype]
-    failures = []
-    for _ in range(3):
-        found, expected, errors = three_steps(rng, device, dtype)
-        worst = max(errors, key=errors.__getitem__)
-        if errors[worst] <= tolerance and found == pytest.approx(expected, rel=loss_tolerance):
-            return
-        failures.append((found, expected, worst, errors[worst]))
-    pytest.fail(str(failures))
+def test_training_sees_what_pytorch_sees(device, dtype, rng):
+    """Three steps, each beside PyTorch in float64 from where ours stands."""
+    model = network(rng, device, dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    # Logits and losses are continuous, so their bounds hold in every step: a few times the largest of 120 steps, in
+    # bfloat16 0.009 and 0.0017 (PyTorch's own autocast: 0.009 and 0.0007). A gradient jumps where rounding turns a ReLU
+    # round. In float32 that befalls two steps of a hundred, and the others stay below 4e-6; in bfloat16 every step,
+    # up to 0.17 (PyTorch 0.17). An error of ours befalls all three.
+    logit_bound, loss_bound, gradient_bound = {
+        torch.float32: (1e-5, 2e-6, 2e-5),
+        torch.bfloat16: (0.03, 0.006, 0.3),
+    }[dtype]
+    x, labels, weights = sample(rng, height=36, width=44)
+    distances = []
+    for step in range(3):
+        twin = twin_of(model, dtype)
+        x_leaf, x_twin = x.clone().requires_grad_(), x.to(dtype).double().requires_grad_()
+        logits, reference = model(x_leaf), torch_unet.forward(twin, x_twin, 1)
+        assert distance(logits, reference) <= logit_bound
+        if step < 2:
+            loss = fastunet.torch.weighted_cross_entropy(logits, labels, weights)
+        else:
+            loss = model.loss(x_leaf, labels, weights)
+        truth = torch_unet.weighted_cross_entropy(reference, labels, weights.double())
+        assert loss.item() == pytest.approx(truth.item(), rel=loss_bound)
+        optimizer.zero_grad()
+        loss.backward()
+        truth.backward()
+        pairs = [(values.grad, twin[name].grad) for name, values in model.named_parameters()]
+        distances.append(max(distance(a, b) for a, b in [(x_leaf.grad, x_twin.grad), *pairs]))
+        optimizer.step()
+    assert min(distances) <= gradient_bound, distances
 
 
 def test_it_is_the_engines_network(device, dtype, rng):

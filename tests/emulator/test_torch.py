@@ -11,7 +11,7 @@ from test_torch import (  # noqa: F401
     test_dropout_follows_the_modules_mode_and_draws_anew,
     test_it_is_the_engines_network,
     test_maxpool2x2_and_dropout,
-    test_three_steps_of_sgd_go_where_pytorch_goes,
+    test_training_sees_what_pytorch_sees,
     test_weighted_cross_entropy,
     test_what_does_not_fit_is_refused,
 )
