@@ -94,6 +94,8 @@ class Worker:
 def _serve(engine: Engine, task: Task, pipe: Connection) -> None:
     """Build, make the first passes, then a turn for each number of seconds that comes through the pipe.
 
+    A turn begins with a pass that is not timed: caches and pages are the others' by then, and threads asleep.
+
     Memory is the peak of the process (VmHWM) during the first passes, less what was resident when the libraries had
     been imported (VmRSS), less the pages of files, the libraries' code, that were read since (RssFile). So weights,
     activations, gradients, momenta and whatever the engine keeps for itself count; what building it took, and gave
@@ -124,6 +126,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _turn(work: Callable[[], Any], seconds: float) -> float:
+    work()
     times = []
     begin = now = time.perf_counter()
     while now < begin + seconds:

@@ -236,6 +236,7 @@ def test_conv3x3_maxpool2x2_is_the_two_one_after_the_other(backend, rng, size):
     images, height, width, channels, outputs = size
     values = rng.standard_normal((images, height, width, channels)).astype(np.float32)
     first = parameters(backend, rng, "conv", outputs, (channels,), 3)
+    first[1].assign(np.abs(first[1].numpy()))  # one draw in a hundred of a single output is 0 at every pixel
     up = parameters(backend, rng, "upconv", 4, (outputs,), 2)
     last = parameters(backend, rng, "conv", 5, (outputs, 4), 3)
 
