@@ -4,9 +4,10 @@
     python bench/peers.py [--base 16 32 64] [--tile 572] [--threads N] [--rounds 7] [--minutes M] [--readme]
 
 Every engine has a process of its own and works only in its turn, once a round, in an order drawn anew each round. A
-turn is a pass that is not timed, then 0.3 s of passes or one longer one, and counts their median. Ratios are of two times of the same round, and
-their median is told. What an engine computes is held against PyTorch's float32 before it is timed: logits within 1e-4
-of their standard deviation (bfloat16 5e-2), in training the first loss and the fall of the losses within 1e-3 (5e-2).
+turn is a pass that is not timed, then 0.3 s of passes or one longer one, and counts their median. Ratios are of two
+times of the same round, and their median is told. What an engine computes is held against PyTorch's float32 before it
+is timed: logits within 1e-4 of their standard deviation (bfloat16 5e-2), in training the first loss and the fall of
+the losses within 1e-3 (5e-2).
 A step of training is forward, weighted cross-entropy, backward and SGD with momentum, without dropout. Memory is what
 peers_turns.py counts, accuracy what peers_accuracy.py does. A peer that is not installed is left out, and named.
 """
