@@ -491,6 +491,53 @@ std::optional<Array> conv1x1_backward(const Array& gradient, const Array& x, con
 }
 
 // --------------------------------------------------------------------------------------------------
+// the two as one linear map
+
+struct Composed {
+  Composition sizes;
+  Block phases, skip_weight, bias;
+
+  explicit Composed(const Composition& sizes)
+      : sizes(sizes), phases(sizes.phase_floats()), skip_weight(sizes.skip_floats()), bias(sizes.outputs) {}
+};
+
+std::shared_ptr<Composed> compose(const Floats& up_weight, const Floats& up_bias, const Floats& weight,
+                                  const Floats& bias, int inputs, int middle, int skip, int outputs) {
+  const Composition sizes{padded(inputs), padded(middle), padded(skip), padded(outputs)};
+  const float* const u =
+      expect_floats(up_weight, weight_floats(sizes.inputs / kBlock, middle, 4), "the weight of upconv2x2");
+  const float* const ub = expect_floats(up_bias, sizes.middle, "the bias of upconv2x2");
+  const int blocks = (sizes.skip + sizes.middle) / kBlock;
+  const float* const w = expect_floats(weight, weight_floats(blocks, outputs, 9), "the weight of conv3x3");
+  const float* const b = expect_floats(bias, sizes.outputs, "the bias of conv3x3");
+  auto composed = std::make_shared<Composed>(sizes);
+  run([&] {
+    kernels().compose(sizes, u, ub, w, b, composed->phases.data, composed->skip_weight.data, composed->bias.data);
+  });
+  return composed;
+}
+
+Array composed_forward(const Array& x, const Array& skip, const Composed& composed, int outputs) {
+  const View& v = x.whole();
+  const int height = 2 * v.height, width = 2 * v.width;
+  expect(v.height >= 2 && v.width >= 2 && skip.view.images == v.images && skip.height >= height && skip.width >= width,
+         "an input of shape " + x.describe() + " and a skip connection of " + skip.describe() +
+             " do not fit each other: the skip must be at least twice as large, and that at least 4 x 4 pixels");
+  expect(v.blocks() * kBlock == composed.sizes.inputs && skip.view.blocks() * kBlock == composed.sizes.skip &&
+             padded(outputs) == composed.sizes.outputs,
+         "an input of shape " + x.describe() + " and a skip connection of " + skip.describe() +
+             " were given to layers composed for other channels");
+  Array output(v.images, height - 2, width - 2, outputs);
+  output.rectified = true;
+  const View centre = skip.centre(height, width).view;
+  run([&] {
+    kernels().composed_forward(v, centre, composed.phases.data, composed.skip_weight.data, composed.bias.data,
+                               output.view);
+  });
+  return output;
+}
+
+// --------------------------------------------------------------------------------------------------
 // pooling, loss, dropout, sums, SGD
 
 // target += source, whose pixels are the centre of target's.
@@ -617,6 +664,11 @@ PYBIND11_MODULE(_fastunet, module) {
   module.def("upconv2x2_forward", &upconv2x2_forward, "x"_a, "weight"_a, "bias"_a, "outputs"_a);
   module.def("upconv2x2_backward", &upconv2x2_backward, "gradient"_a, "x"_a, "weight"_a,
              "weight_gradient"_a.noconvert(), "bias_gradient"_a.noconvert(), "wants_input"_a);
+  py::class_<Composed, std::shared_ptr<Composed>>(module, "Composed",
+                                                  "An up-convolution and the convolution behind it as one linear map.");
+  module.def("compose", &compose, "up_weight"_a, "up_bias"_a, "weight"_a, "bias"_a, "inputs"_a, "middle"_a, "skip"_a,
+             "outputs"_a);
+  module.def("composed_forward", &composed_forward, "x"_a, "skip"_a, "composed"_a, "outputs"_a);
   module.def("conv1x1_forward", &conv1x1_forward, "x"_a, "weight"_a, "bias"_a, "outputs"_a);
   module.def("conv1x1_backward", &conv1x1_backward, "gradient"_a, "x"_a, "weight"_a, "weight_gradient"_a.noconvert(),
              "bias_gradient"_a.noconvert(), "wants_input"_a);

@@ -1,7 +1,7 @@
 // What becomes of the T x T values of a tile on their way to memory: bias, ReLU or mask, storing, pooling.
 #pragma once
 
-#include "simd.h"
+#include "winograd_tiles.h"
 
 namespace fastunet {
 namespace {
@@ -21,12 +21,21 @@ struct TileWriter {
         right(left + to.values.part[0].width),
         pools(to.pooled.data != nullptr) {}
 
+  int outputs() const { return to.values.blocks() * kBlock; }
+
+  // The pixels that a patch writes.
+  Ahead<true> ahead(const Patch& patch, int first_block, int blocks) const {
+    const int y = patch.row * T - top, x = patch.column * T - left;
+    return Ahead<true>(to.values, patch.image, y, y + patch.rows * T, x, x + patch.columns * T, first_block, blocks);
+  }
+
   // `channel` counts through all outputs; values[row][column] are those of kLanes channels from there on.
   // first_mask is in the place of to.mask[0].
   INLINE void write(int image, int row, int column, int channel, vec (&values)[T][T], const View& first_mask) const {
     int block = channel / kBlock;
     const int part = block < to.values.part[0].blocks() ? 0 : 1, lane = channel % kBlock;
     if (part == 1) block -= to.values.part[0].blocks();
+    if (to.adds) add_present(image, row, column, block, lane, to.values.part[part], values);
     if (to.bias != nullptr) {
       const vec bias = load(to.bias + channel);
       UNROLL
@@ -64,6 +73,21 @@ struct TileWriter {
       write_part(image, row, column, block, lane, y, mask, values);
     }
     if (pools) pool(image, row, column, block, lane, values);
+  }
+
+  void add_present(int image, int row, int column, int block, int lane, const View& y, vec (&values)[T][T]) const {
+    const float* const present = y.at(image, block, row, column) + lane;
+    if (row + T <= y.height && column + T <= y.width) {
+      UNROLL
+      for (int r = 0; r < T; ++r) {
+        UNROLL
+        for (int c = 0; c < T; ++c) values[r][c] += load(present + r * y.row_stride + c * kBlock);
+      }
+    } else {
+      for (int r = 0; r < T && row + r < y.height; ++r)
+        for (int c = 0; c < T && column + c < y.width; ++c)
+          values[r][c] += load(present + r * y.row_stride + c * kBlock);
+    }
   }
 
   // A tile that reaches beyond what is kept.

@@ -54,6 +54,7 @@ struct Channels {
 struct Destination {
   Channels values;            // all of them, or only their centre
   int height = 0, width = 0;  // of what is computed
+  bool adds = false;          // to the values that are there, which are whole, before all else
   const float* bias = nullptr;
   bool relu = false;
   View mask[2];  // of each part of `values`: kept where this is above 0, and 0 elsewhere; or none
@@ -62,6 +63,16 @@ struct Destination {
   uint8_t* choice = nullptr;                     // and, where wanted, this as maxpool2x2_forward
 
   Destination(const Channels& values, int height, int width) : values(values), height(height), width(width) {}
+};
+
+// A 2x2 up-convolution whose result a 3x3 convolution reads behind the channels of a skip. There is nothing between the
+// two, so that they are one linear map: each of the four phases of the output, its pixels of even or odd row and
+// column, is a 2x2 convolution of the up-convolution's input, beside the 3x3 convolution of the skip.
+struct Composition {
+  int inputs, middle, skip, outputs;  // channels, padded: the up-convolution's of input and output, and so on
+
+  ptrdiff_t phase_floats() const { return ptrdiff_t{4} * inputs * 4 * outputs; }
+  ptrdiff_t skip_floats() const { return ptrdiff_t{9} * skip * outputs; }
 };
 
 // Which of four pixels the maximum is, a byte for each element of the pooled view in its own order; kNoChoice where no
@@ -106,6 +117,14 @@ struct KernelTable {
   void (*upconv2x2_backward_data)(const View& gradient, const float* weight, const View& input_gradient,
                                   const View& mask);
   void (*upconv2x2_backward_weight)(const View& input, const View& gradient, float* weight_gradient);
+
+  // The weights and the bias of the map: the phases' outputs one after the other as those of one 2x2 convolution, the
+  // skip's weights alone.
+  void (*compose)(const Composition&, const float* up_weight, const float* up_bias, const float* weight,
+                  const float* bias, float* phases, float* skip_weight, float* composed_bias);
+  // ReLU of it. The skip is twice as large as the input, and the output 2 smaller than the skip.
+  void (*composed_forward)(const View& input, const View& skip, const float* phases, const float* skip_weight,
+                           const float* bias, const View& output);
 
   void (*conv1x1_forward)(const View& input, const float* weight, const float* bias, const View& output);
   void (*conv1x1_backward_data)(const View& gradient, const float* weight, const View& input_gradient,

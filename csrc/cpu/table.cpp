@@ -16,6 +16,8 @@ const KernelTable table = {
     upconv2x2_forward,
     upconv2x2_backward_data,
     upconv2x2_backward_weight,
+    compose,
+    composed_forward,
     conv1x1_forward,
     conv1x1_backward_data,
     conv1x1_backward_weight,

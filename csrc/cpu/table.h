@@ -15,6 +15,8 @@ void conv3x3_backward_weight(const Channels&, const View&, float*, float*, Algor
 void upconv2x2_forward(const View&, const float*, const float*, const View&);
 void upconv2x2_backward_data(const View&, const float*, const View&, const View&);
 void upconv2x2_backward_weight(const View&, const View&, float*);
+void compose(const Composition&, const float*, const float*, const float*, const float*, float*, float*, float*);
+void composed_forward(const View&, const View&, const float*, const float*, const float*, const View&);
 void conv1x1_forward(const View&, const float*, const float*, const View&);
 void conv1x1_backward_data(const View&, const float*, const View&, const View&);
 void conv1x1_backward_weight(const View&, const View&, float*);

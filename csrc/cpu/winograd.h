@@ -1,10 +1,10 @@
-// Winograd F(T x T, 3x3): a T x T tile of outputs from a (T+2) x (T+2) footprint of inputs with (T+2)^2 multiplications
-// instead of 9 T^2, for T = 2, 4, 6.
+// Winograd F(T x T, K x K): a T x T tile of outputs from a footprint of (T+K-1) x (T+K-1) inputs, with as many
+// multiplications instead of K^2 T^2. For K = 3 and T = 2, 4, 6, and for K = 2 and T = 5.
 //
 //   Y  = A^T [ (G g G^T) . (B^T d B) ] A          forward and data gradient
 //   dg = G^T [ sum (B^T d B) . (A dY A^T) ] G     weight gradient
 //
-// (Lavin and Gray 2016, eq. 8.) Interpolation at the points 0, +-p for T/2 values of p, and infinity: a point and its
+// (Lavin and Gray 2016, eq. 8.) Interpolation at the points 0, +-p for some values of p, and infinity: a point and its
 // opposite share their even and odd parts, and all transforms are made of such pairs; pair 0 is (0, infinity). This
 // file holds the one-dimensional transforms and their two-dimensional use on vectors of channels.
 #pragma once
@@ -14,19 +14,21 @@
 namespace fastunet {
 namespace {
 
-// For T = 4 those that lose least accuracy in float32.
-template <int T>
-constexpr double kPoints[T / 2] = {};
+// By their number; the two are those that lose least accuracy in float32.
+template <int PAIRS>
+constexpr double kPoints[PAIRS] = {};
 template <>
-constexpr double kPoints<2>[1] = {1};
+constexpr double kPoints<1>[1] = {1};
 template <>
-constexpr double kPoints<4>[2] = {0.70710678118654752440, 1.41421356237309504880};
+constexpr double kPoints<2>[2] = {0.70710678118654752440, 1.41421356237309504880};
 template <>
-constexpr double kPoints<6>[3] = {1, 2, 0.5};
+constexpr double kPoints<3>[3] = {1, 2, 0.5};
 
-template <int T>
+template <int T, int K = 3>
 struct Winograd {
-  static constexpr int kTile = T, kFootprint = T + 2, kFrequencies = kFootprint * kFootprint, kPairs = T / 2;
+  static constexpr int kTile = T, kKernel = K, kFootprint = T + K - 1, kFrequencies = kFootprint * kFootprint;
+  static constexpr int kPairs = kFootprint / 2 - 1;
+  static_assert(kFootprint % 2 == 0 && (K == 2 || K == 3));
 
   // Where the two values of a pair lie in a transformed line.
   static constexpr int first_of(int pair) { return pair == 0 ? 0 : 2 * pair - 1; }
@@ -37,21 +39,21 @@ struct Winograd {
     float others[kPairs][kPairs];    // of prod (x^2 - q^2) over the points q other than p
     float others_p[kPairs][kPairs];  // those times p
     float powers[kPairs][T];         // of p
-    float weight[kPairs][3];         // G: powers of p over the product of its distances to the other points
+    float weight[kPairs][K];         // G: powers of p over the product of its distances to the other points
     float weight_at_zero;
   };
 
   static constexpr Constants make_constants() {
     Constants c{};
     double all[kPairs + 1] = {1};
-    for (int j = 0; j < kPairs; ++j) multiply_by_root(all, j, kPoints<T>[j]);
+    for (int j = 0; j < kPairs; ++j) multiply_by_root(all, j, kPoints<kPairs>[j]);
     for (int i = 0; i <= kPairs; ++i) c.all[i] = static_cast<float>(all[i]);
     c.weight_at_zero = static_cast<float>(1 / all[0]);
     for (int k = 0; k < kPairs; ++k) {
-      const double p = kPoints<T>[k];
+      const double p = kPoints<kPairs>[k];
       double others[kPairs + 1] = {1};
       for (int j = 0, degree = 0; j < kPairs; ++j)
-        if (j != k) multiply_by_root(others, degree++, kPoints<T>[j]);
+        if (j != k) multiply_by_root(others, degree++, kPoints<kPairs>[j]);
       double distances = 2 * p * p, value = 0, power = 1;
       for (int i = 0; i < kPairs; ++i, power *= p * p) {
         c.others[k][i] = static_cast<float>(others[i]);
@@ -60,9 +62,9 @@ struct Winograd {
       }
       distances *= value;
       power = 1;
-      for (int i = 0; i < T || i < 3; ++i, power *= p) {
+      for (int i = 0; i < T || i < K; ++i, power *= p) {
         if (i < T) c.powers[k][i] = static_cast<float>(power);
-        if (i < 3) c.weight[k][i] = static_cast<float>(power / distances);
+        if (i < K) c.weight[k][i] = static_cast<float>(power / distances);
       }
     }
     return c;
@@ -81,14 +83,14 @@ struct Winograd {
   // Two values of B^T d
   INLINE static void input_pair(int pair, const vec* d, vec& first, vec& second) {
     if (pair == 0) {
-      first = d[T], second = d[T + 1];
+      first = d[kFootprint - 2], second = d[kFootprint - 1];
       UNROLL
       for (int i = kPairs - 1; i >= 0; --i) {
         first += c.all[i] * d[2 * i];
         second += c.all[i] * d[2 * i + 1];
       }
     } else {
-      vec even = d[T], odd = c.others_p[pair - 1][kPairs - 1] * d[T - 1];
+      vec even = d[kFootprint - 2], odd = c.others_p[pair - 1][kPairs - 1] * d[kFootprint - 3];
       UNROLL
       for (int i = kPairs - 2; i >= 0; --i) {
         even += c.others[pair - 1][i] * d[2 * i + 2];
@@ -116,9 +118,10 @@ struct Winograd {
   // Two values of G g
   INLINE static void weight_pair(int pair, const vec* g, vec& first, vec& second) {
     if (pair == 0) {
-      first = c.weight_at_zero * g[0], second = g[2];
+      first = c.weight_at_zero * g[0], second = g[K - 1];
     } else {
-      const vec even = c.weight[pair - 1][0] * g[0] + c.weight[pair - 1][2] * g[2];
+      vec even = c.weight[pair - 1][0] * g[0];
+      if constexpr (K == 3) even += c.weight[pair - 1][2] * g[2];
       const vec odd = c.weight[pair - 1][1] * g[1];
       first = even + odd, second = even - odd;
     }
@@ -136,7 +139,7 @@ struct Winograd {
     for (int i = 0; i < T; ++i) {
       const vec* const parts = i % 2 == 0 ? sums : differences;
       vec value = i == 0       ? m[0] + parts[0]
-                  : i == T - 1 ? m[T + 1] + c.powers[0][i] * parts[0]
+                  : i == T - 1 ? m[kFootprint - 1] + c.powers[0][i] * parts[0]
                                : c.powers[0][i] * parts[0];
       UNROLL
       for (int k = 1; k < kPairs; ++k) value += c.powers[k][i] * parts[k];
@@ -170,12 +173,11 @@ INLINE T* as_it_comes(T* pointer) {
 }
 
 // The two-dimensional transform of an IN x IN patch, whose elements lie row_stride and column_stride floats apart, into
-// (T+2) x (T+2) values `stride` apart: on the columns, then on the rows. Pair by pair of rows, so that the registers
-// suffice.
-template <int T, int IN, Pair PAIR>
+// values for all frequencies of W, `stride` apart: on the columns, then on the rows. Pair by pair of rows, so that the
+// registers suffice.
+template <class W, int IN, Pair PAIR>
 INLINE void expand(const float* source, ptrdiff_t row_stride, ptrdiff_t column_stride, float* target,
                    ptrdiff_t stride) {
-  using W = Winograd<T>;
   UNROLL
   for (int rows = 0; rows <= W::kPairs; ++rows) {
     vec half[2][IN];
@@ -202,10 +204,10 @@ INLINE void expand(const float* source, ptrdiff_t row_stride, ptrdiff_t column_s
   }
 }
 
-// The way back: from (T+2) x (T+2) values, `stride` apart, to OUT x OUT.
-template <int T, int OUT, Line LINE>
+// The way back: from values for all frequencies of W, `stride` apart, to OUT x OUT.
+template <class W, int OUT, Line LINE>
 INLINE void contract(const float* source, ptrdiff_t stride, vec (&result)[OUT][OUT]) {
-  constexpr int IN = Winograd<T>::kFootprint;
+  constexpr int IN = W::kFootprint;
   vec half[OUT][IN];
   UNROLL
   for (int column = 0; column < IN; ++column) {

@@ -70,10 +70,10 @@ struct WinogradBackwardWeight {
     if (block < in_blocks) {
       int of_part = block;
       const View& x = block_of<T>(input, patch, of_part, first_layer);
-      transform_tiles<T, W::kFootprint, W::input_pair>(x, of_part, patch, tiles, in_blocks, block, v, v_stride(tiles));
+      transform_tiles<W, W::kFootprint, W::input_pair>(x, of_part, patch, tiles, in_blocks, block, v, v_stride(tiles));
     } else {
       block -= in_blocks;
-      transform_tiles<T, T, W::gradient_pair>(gradient, block, patch, tiles, out_blocks, block, d, d_stride(tiles));
+      transform_tiles<W, T, W::gradient_pair>(gradient, block, patch, tiles, out_blocks, block, d, d_stride(tiles));
       add_pixels(patch, block, bias_gradient + block * kBlock);
     }
   }
@@ -134,7 +134,7 @@ struct WinogradBackwardWeight {
     for (int block = 0; block < blocks; ++block, target += 9 * tap_stride, sums += tap_stride)
       for (int i = 0; i < tap_stride; i += kLanes) {
         vec values[3][3];
-        contract<T, 3, W::weight_gradient_line>(sums + i, stride, values);
+        contract<W, 3, W::weight_gradient_line>(sums + i, stride, values);
         UNROLL
         for (int tap = 0; tap < 9; ++tap) {
           float* const p = target + tap * tap_stride + i;

@@ -9,18 +9,18 @@
 #include "../memory.h"
 #include "destination.h"
 #include "micro_kernels.h"
-#include "winograd_tiles.h"
 
 namespace fastunet {
 namespace {
 
-// U of `blocks` blocks of inputs of one group of outputs: [block][9][16][group] -> planes of [block][16][group].
-template <int T>
+// U of `blocks` blocks of inputs of one group of outputs: [block][K * K][16][group] -> planes of [block][16][group].
+template <class W>
 void transform_weights(const float* weight, int blocks, int group, float* transformed, ptrdiff_t stride) {
+  constexpr int K = W::kKernel;
   const int tap_stride = kBlock * group;
-  for (int block = 0; block < blocks; ++block, weight += 9 * tap_stride, transformed += tap_stride)
+  for (int block = 0; block < blocks; ++block, weight += K * K * tap_stride, transformed += tap_stride)
     for (int i = 0; i < tap_stride; i += kLanes)
-      expand<T, 3, Winograd<T>::weight_pair>(weight + i, 3 * tap_stride, tap_stride, transformed + i, stride);
+      expand<W, K, W::weight_pair>(weight + i, K * tap_stride, tap_stride, transformed + i, stride);
 }
 
 // m[tile][output] = or += the sum over blocks of channels of v[block][tile][16] * u[channel][output]; `next` is the v
@@ -56,19 +56,21 @@ struct MultiplyTiles {
   }
 };
 
-template <int T>
+// What WRITER does with each tile is its own.
+template <int T, int K, class WRITER>
 struct WinogradForward {
-  using W = Winograd<T>;
+  using W = Winograd<T, K>;
+  static constexpr int kTaps = K * K;
   const Channels& input;
   const float* weight;
-  const TileWriter<T> writer;
+  const WRITER writer;
   int outputs, group, in_blocks;
 
   WinogradForward(const Channels& input, const float* weight, const Destination& to)
       : input(input),
         weight(weight),
         writer(to),
-        outputs(to.values.blocks() * kBlock),
+        outputs(writer.outputs()),
         group(group_width(outputs)),
         in_blocks(input.blocks()) {}
 
@@ -77,7 +79,7 @@ struct WinogradForward {
   bool narrow() const { return group < kTileOutputs; }
   int panel() const { return narrow() ? kNarrowPixels : kTilePixels; }
   const float* group_weight(int index, int block) const {
-    return weight + (static_cast<ptrdiff_t>(index) * inputs() + block * kBlock) * 9 * group;
+    return weight + (static_cast<ptrdiff_t>(index) * inputs() + block * kBlock) * kTaps * group;
   }
   ptrdiff_t v_stride(int tiles) const { return plane_stride(static_cast<ptrdiff_t>(tiles) * inputs()); }
   ptrdiff_t m_stride(int tiles) const { return plane_stride(static_cast<ptrdiff_t>(tiles) * group); }
@@ -86,7 +88,7 @@ struct WinogradForward {
   void transform_inputs(const Patch& patch, int block, float* v, float* first_layer) const {
     int of_part = block;
     const View& x = block_of<T>(input, patch, of_part, first_layer);
-    transform_tiles<T, W::kFootprint, W::input_pair>(x, of_part, patch, panel(), in_blocks, block, v,
+    transform_tiles<W, W::kFootprint, W::input_pair>(x, of_part, patch, panel(), in_blocks, block, v,
                                                      v_stride(patch.count()));
   }
 
@@ -119,10 +121,12 @@ struct WinogradForward {
       }
   }
 
+  // What a patch reads; none where there is no patch.
+  Ahead<false> reads_of(const Patch& patch) const { return ahead_of<T>(input, patch, K - 1); }
+
   Ahead<true> writes_of(const Patch& patch, int group_index) const {
-    const int top = patch.row * T - writer.top, left = patch.column * T - writer.left, blocks = group / kBlock;
-    return Ahead<true>(writer.to.values, patch.image, top, top + patch.rows * T, left, left + patch.columns * T,
-                       group_index * blocks, blocks);
+    const int blocks = group / kBlock;
+    return writer.ahead(patch, group_index * blocks, blocks);
   }
 
   // Floats that a thread needs to compute what it reads of a first layer.
@@ -146,7 +150,7 @@ struct WinogradForward {
       for (int row = 0; row < patch.rows; ++row)
         for (int column = 0; column < patch.columns; ++column, source += group) {
           vec values[T][T];
-          contract<T, T, W::output_line>(source, stride, values);
+          contract<W, T, W::output_line>(source, stride, values);
           writer.write(patch.image, (patch.row + row) * T, (patch.column + column) * T, group_index * group + channel,
                        values, mask_block);
         }
@@ -175,22 +179,23 @@ size_t shared_weights_limit() {
 }
 
 // Each thread takes patches through all three stages; all read the same transformed weights.
-template <int T>
-void winograd_private(const WinogradForward<T>& conv) {
+template <int T, int K, class WRITER>
+void winograd_private(const WinogradForward<T, K, WRITER>& conv) {
+  using W = Winograd<T, K>;
   const int in_blocks = conv.in_blocks, group = conv.group, groups = conv.groups(), panel = conv.panel();
-  const ptrdiff_t u_stride = conv.u_stride(in_blocks), group_floats = Winograd<T>::kFrequencies * u_stride;
+  const ptrdiff_t u_stride = conv.u_stride(in_blocks), group_floats = W::kFrequencies * u_stride;
   float* const u = scratch(kWeights, groups * group_floats);
   parallel(groups * in_blocks, [&](int task, int) {
     const int index = task / in_blocks, block = task % in_blocks;
-    transform_weights<T>(conv.group_weight(index, block), 1, group,
+    transform_weights<W>(conv.group_weight(index, block), 1, group,
                          u + index * group_floats + static_cast<ptrdiff_t>(block) * kBlock * group, u_stride);
   });
-  const size_t tile_bytes = Winograd<T>::kFrequencies * (conv.inputs() + group) * sizeof(float);
+  const size_t tile_bytes = W::kFrequencies * (conv.inputs() + group) * sizeof(float);
   const int panels = larger(1, smaller(kPrivatePanels, static_cast<int>(kPrivateTilesLimit / tile_bytes / panel)));
   const Destination& to = conv.writer.to;
   const Tiling tiling(T, to.values.part[0].images, to.height, to.width, panels * panel, panel);
-  const ptrdiff_t v_floats = Winograd<T>::kFrequencies * conv.v_stride(tiling.most_tiles());
-  const ptrdiff_t m_floats = Winograd<T>::kFrequencies * conv.m_stride(tiling.most_tiles());
+  const ptrdiff_t v_floats = W::kFrequencies * conv.v_stride(tiling.most_tiles());
+  const ptrdiff_t m_floats = W::kFrequencies * conv.m_stride(tiling.most_tiles());
   const ptrdiff_t thread_floats = v_floats + m_floats + conv.first_layer_floats_of(tiling);
   float* const threads = scratch(kPerThread, thread_floats * thread_count());
   parallel(tiling.patches(), [&](int index, int thread) {
@@ -200,8 +205,8 @@ void winograd_private(const WinogradForward<T>& conv) {
     const Patch patch = tiling[index];
     for (int block = 0; block < in_blocks; ++block) conv.transform_inputs(patch, block, v, first_layer);
     const int next = index + thread_count();
-    auto reads = ahead_of<T>(conv.input, next < tiling.patches() ? tiling[next] : Patch{}, 2);
-    const int calls = Winograd<T>::kFrequencies * ceil_div(patch.count(), panel);
+    auto reads = conv.reads_of(next < tiling.patches() ? tiling[next] : Patch{});
+    const int calls = W::kFrequencies * ceil_div(patch.count(), panel);
     const int reads_share = ceil_div(reads.pixels(), groups * calls);
     for (int g = 0; g < groups; ++g) {
       auto writes = conv.writes_of(patch, g);
@@ -216,36 +221,37 @@ void winograd_private(const WinogradForward<T>& conv) {
 }
 
 // The threads share the V of a patch, and each takes groups of outputs.
-template <int T>
-void winograd_shared(const WinogradForward<T>& conv) {
+template <int T, int K, class WRITER>
+void winograd_shared(const WinogradForward<T, K, WRITER>& conv) {
+  using W = Winograd<T, K>;
   const int in_blocks = conv.in_blocks, group = conv.group, groups = conv.groups(), panel = conv.panel();
-  const size_t tile_bytes = Winograd<T>::kFrequencies * conv.inputs() * sizeof(float);
+  const size_t tile_bytes = W::kFrequencies * conv.inputs() * sizeof(float);
   const Destination& to = conv.writer.to;
-  const size_t half_slab = kSlabLimit / 2 / (Winograd<T>::kFrequencies * group * sizeof(float));  // tiles
+  const size_t half_slab = kSlabLimit / 2 / (W::kFrequencies * group * sizeof(float));  // tiles
   const int most =
       larger(4 * panel,
              static_cast<int>(kSharedTilesLimit / tile_bytes < half_slab ? kSharedTilesLimit / tile_bytes : half_slab));
   const Tiling tiling(T, to.values.part[0].images, to.height, to.width, most, most);
-  const ptrdiff_t m_floats = Winograd<T>::kFrequencies * conv.m_stride(tiling.most_tiles());
-  const size_t slab_block_bytes = Winograd<T>::kFrequencies * kBlock * group * sizeof(float);
+  const ptrdiff_t m_floats = W::kFrequencies * conv.m_stride(tiling.most_tiles());
+  const size_t slab_block_bytes = W::kFrequencies * kBlock * group * sizeof(float);
   const int slab_blocks =
       smaller(in_blocks, larger(2, static_cast<int>((kSlabLimit - m_floats * sizeof(float)) / slab_block_bytes)));
-  const ptrdiff_t u_floats = Winograd<T>::kFrequencies * conv.u_stride(slab_blocks);
+  const ptrdiff_t u_floats = W::kFrequencies * conv.u_stride(slab_blocks);
   const ptrdiff_t thread_floats = u_floats + m_floats + conv.first_layer_floats_of(tiling);
-  float* const v = scratch(kInputTiles, Winograd<T>::kFrequencies * conv.v_stride(tiling.most_tiles()));
+  float* const v = scratch(kInputTiles, W::kFrequencies * conv.v_stride(tiling.most_tiles()));
   float* const threads = scratch(kPerThread, thread_floats * thread_count());
   for (int index = 0; index < tiling.patches(); ++index) {
     const Patch patch = tiling[index];
     parallel(in_blocks, [&](int block, int thread) {
       conv.transform_inputs(patch, block, v, threads + thread * thread_floats + u_floats + m_floats);
     });
-    const int share = ceil_div(slab_blocks * 9 * group, Winograd<T>::kFrequencies * ceil_div(patch.count(), panel));
+    const int share = ceil_div(slab_blocks * conv.kTaps * group, W::kFrequencies * ceil_div(patch.count(), panel));
     parallel(groups, [&](int g, int thread) {
       float* const u = threads + thread * thread_floats;
       float* const m = u + u_floats;
       for (int block = 0; block < in_blocks; block += slab_blocks) {
         const int blocks = smaller(slab_blocks, in_blocks - block);
-        transform_weights<T>(conv.group_weight(g, block), blocks, group, u, conv.u_stride(blocks));
+        transform_weights<W>(conv.group_weight(g, block), blocks, group, u, conv.u_stride(blocks));
         // The weights that this thread transforms next, most likely.
         const float* next = block + blocks < in_blocks    ? conv.group_weight(g, block + blocks)
                             : g + thread_count() < groups ? conv.group_weight(g + thread_count(), 0)
@@ -259,10 +265,10 @@ void winograd_shared(const WinogradForward<T>& conv) {
   }
 }
 
-template <int T>
+template <int T, int K = 3, class WRITER = TileWriter<T>>
 void winograd_forward(const Channels& input, const float* weight, const Destination& to) {
-  const WinogradForward<T> conv(input, weight, to);
-  const size_t weights = Winograd<T>::kFrequencies * conv.inputs() * conv.outputs * sizeof(float);
+  const WinogradForward<T, K, WRITER> conv(input, weight, to);
+  const size_t weights = Winograd<T, K>::kFrequencies * conv.inputs() * conv.outputs * sizeof(float);
   if (weights <= shared_weights_limit()) {
     winograd_private(conv);
   } else {

@@ -65,7 +65,7 @@ void copy_footprint(const View& x, int image, int block, int row, int column, fl
 // Transforms one block of channels of the tiles of a patch, SIDE x SIDE pixels each, into planes of [panel][block][tile
 // of the panel][16]: panels of at most `panel` tiles are what a register tile multiplies, and lie as it reads them.
 // With panel = all tiles it is [block][tile][16].
-template <int T, int SIDE, Pair PAIR>
+template <class W, int SIDE, Pair PAIR>
 void transform_tiles(const View& x, int block, const Patch& patch, int panel, int blocks, int target_block,
                      float* target, ptrdiff_t stride) {
   alignas(64) float footprint[SIDE * SIDE * kBlock];
@@ -76,7 +76,7 @@ void transform_tiles(const View& x, int block, const Patch& patch, int panel, in
     float* place =
         target + (static_cast<ptrdiff_t>(begin) * blocks + static_cast<ptrdiff_t>(target_block) * count) * kBlock;
     for (int tile = 0; tile < count; ++tile, place += kBlock) {
-      const int y = (patch.row + row) * T, left = (patch.column + column) * T;
+      const int y = (patch.row + row) * W::kTile, left = (patch.column + column) * W::kTile;
       const float* source = x.at(patch.image, block, y, left);
       ptrdiff_t row_stride = x.row_stride;
       if (y + SIDE > x.height || left + SIDE > x.width) {
@@ -84,7 +84,7 @@ void transform_tiles(const View& x, int block, const Patch& patch, int panel, in
         source = footprint;
         row_stride = SIDE * kBlock;
       }
-      for (int v = 0; v < kBlock; v += kLanes) expand<T, SIDE, PAIR>(source + v, row_stride, kBlock, place + v, stride);
+      for (int v = 0; v < kBlock; v += kLanes) expand<W, SIDE, PAIR>(source + v, row_stride, kBlock, place + v, stride);
       if (++column == patch.columns) column = 0, ++row;
     }
   }
