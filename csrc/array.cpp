@@ -57,14 +57,18 @@ Array::Array(std::shared_ptr<Pending> pending, int images, int height, int width
 Array Array::from_pixels(const float* pixels, int images, int height, int width, int channels) {
   if (channels <= kImageChannels) {
     const size_t count = static_cast<size_t>(images) * height * width * channels;
-    return Array(
-        std::make_shared<PendingImage>(std::vector<float>(pixels, pixels + count), images, height, width, channels),
-        images, height, width, channels);
+    return from_pixels(std::vector<float>(pixels, pixels + count), images, height, width, channels);
   }
   Array result(images, height, width, channels);
   const Engine turn;
   kernels().to_blocks(pixels, result.view);
   return result;
+}
+
+Array Array::from_pixels(std::vector<float> pixels, int images, int height, int width, int channels) {
+  if (channels > kImageChannels) return from_pixels(pixels.data(), images, height, width, channels);
+  const auto pending = std::make_shared<PendingImage>(std::move(pixels), images, height, width, channels);
+  return Array(pending, images, height, width, channels);
 }
 
 void Array::to_pixels(float* pixels) const {

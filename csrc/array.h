@@ -36,8 +36,9 @@ struct Array {
   Array(int images, int height, int width, int channels, int border = 0);
   Array(std::shared_ptr<Pending> pending, int images, int height, int width, int channels, int border = 0);
 
-  // A copy of contiguous (N, H, W, C); of a few channels as they are, until somebody needs them in blocks.
+  // Contiguous (N, H, W, C); of a few channels they stay as they are, until somebody needs them in blocks.
   static Array from_pixels(const float* pixels, int images, int height, int width, int channels);
+  static Array from_pixels(std::vector<float> pixels, int images, int height, int width, int channels);
   void to_pixels(float* pixels) const;  // a copy as (N, H, W, C)
   void clear() const;
 
