@@ -1,0 +1,32 @@
+// The U-Net's way forward on the CPU, as fastunet/unet.py goes it: the same operations on the same weights.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../operations.h"
+#include "model_file.h"
+
+namespace fastunet {
+
+class Network {
+ public:
+  explicit Network(const ModelFile& file);
+
+  // Probabilities of a normalised tile, (height, width, in_channels), of a valid size.
+  Array operator()(std::vector<float> pixels, int height, int width) const;
+
+ private:
+  struct Layer {
+    Floats weight, bias;
+    int outputs;
+  };
+
+  Array logits(Array x) const;
+
+  int channels_, depth_;
+  std::vector<Layer> layers_;  // in the order of the network
+  Block weights_;              // packed as cpu/kernels.h says
+};
+
+}  // namespace fastunet
