@@ -101,11 +101,9 @@ class ParameterSet(Mapping[str, Parameter]):
         self.gradients_buffer = backend.buffer(sum(sizes.values()))
         self._made: Made | None = None
         self._parameters = {}
-        self._slices = {}
         first = 0
         for name, (kind, shape, inputs) in shapes.items():
             place = slice(first, first + sizes[name])
-            self._slices[name] = place
             self._parameters[name] = Parameter(kind, shape, inputs, self.values_buffer[place], place, self)
             first += sizes[name]
 
@@ -148,7 +146,7 @@ class ParameterSet(Mapping[str, Parameter]):
 
     def to_dict(self, buffer: Any) -> dict[str, np.ndarray]:
         """A flat buffer (values, gradients or momenta) as ndarrays by name, in PyTorch's layouts."""
-        return {name: self[name].numpy(buffer[place]) for name, place in self._slices.items()}
+        return {name: parameter.numpy(buffer[parameter.place]) for name, parameter in self.items()}
 
     def from_dict(self, values: Mapping[str, Any], buffer: Any) -> None:
         """Fill a flat buffer from ndarrays, or arrays on the device, by name.
@@ -166,4 +164,4 @@ class ParameterSet(Mapping[str, Parameter]):
             array = self.backend.given(values[name])
             if array.shape != parameter.shape:
                 raise ValueError(f"parameter {name!r} has shape {array.shape}, {parameter.shape} is expected")
-            parameter.assign(array, buffer[self._slices[name]])
+            parameter.assign(array, buffer[parameter.place])
