@@ -229,10 +229,13 @@ def test_maxpool2x2_adds_to_a_gradient_that_is_there(backend, rng):
     np.testing.assert_array_equal(x.gradient, rounded(backend, first + alone.gradient))
 
 
-@pytest.mark.parametrize("size", [(1, 8, 8, 1, 1), (2, 12, 10, 3, 20), (1, 21, 16, 16, 16)], ids=str)
+@pytest.mark.parametrize("size", [(1, 8, 8, 1, 1), (2, 12, 10, 5, 20), (1, 21, 16, 16, 16)], ids=str)
 @pytest.mark.usefixtures("algorithm")
 def test_conv3x3_maxpool2x2_is_the_two_one_after_the_other(backend, rng, size):
-    """Down, up again and beside the skip: the convolution's result is used twice, once by its centre."""
+    """Down, up again and beside the skip: the convolution's result is used twice, once by its centre.
+
+    Of a large image of few channels, computed in two ways, rounding may have another pixel win a pooling.
+    """
     images, height, width, channels, outputs = size
     values = rng.standard_normal((images, height, width, channels)).astype(np.float32)
     first = parameters(backend, rng, "conv", outputs, (channels,), 3)
@@ -257,6 +260,84 @@ def test_conv3x3_maxpool2x2_is_the_two_one_after_the_other(backend, rng, size):
     for number, (found, expected) in enumerate(zip(run(True), run(False), strict=True)):
         assert np.abs(expected).max() > 0
         assert_close(found, expected, f"value {number}", activation_bits(backend))
+
+
+@pytest.mark.parametrize("size", [(1, 10, 12, 5, 5), (2, 15, 18, 20, 17), (1, 29, 22, 16, 48)], ids=str)
+@pytest.mark.parametrize("read", ["pooled", "centre", "both", "centre twice, and pooled"])
+@pytest.mark.usefixtures("algorithm")
+def test_conv3x3_maxpool2x2_of_which_only_the_centre_is_kept(backend, rng, size, read):
+    """Whichever of its results are read, all is bitwise as with the two one after the other, which keep everything."""
+    images, height, width, channels, outputs = size
+    values = rng.standard_normal((images, height, width, channels)).astype(np.float32)
+    kept = tuple(2 * ((side - 2) // 2 - 2) for side in (height, width))
+    beside_values = rng.standard_normal((images, *kept, 4)).astype(np.float32)
+    first = parameters(backend, rng, "conv", outputs, (channels,), 3)
+    below = parameters(backend, rng, "conv", outputs, (outputs,), 3)
+    up = parameters(backend, rng, "upconv", 4, (outputs,), 2)
+    last = parameters(backend, rng, "conv", 5, (outputs, 4), 3)
+    gradient = rng.standard_normal((images, kept[0] - 2, kept[1] - 2, 5)).astype(np.float32)
+    learned = (*first, *below, *up, *last)
+
+    def run(fused: bool) -> list[np.ndarray]:
+        x = Tensor.from_numpy(values, backend, requires_gradient=True)
+        if fused:
+            poison(backend, (images, height - 2, width - 2, outputs))
+            y, pooled = ops.conv3x3_maxpool2x2(x, *first, kept)
+            assert y.shape == (images, height - 2, width - 2, outputs)
+        else:
+            y = ops.conv3x3(x, *first, relu=True)
+            pooled = ops.maxpool2x2(y)
+        beside = Tensor.from_numpy(beside_values, backend)
+        if "pooled" in read or read == "both":
+            beside = ops.upconv2x2(ops.conv3x3(pooled, *below), *up)
+        if read == "pooled":
+            no_skip = Tensor.from_numpy(np.zeros((images, *kept, outputs)), backend)
+            out = ops.conv3x3(beside, *last, skip=no_skip)
+        else:
+            out = ops.conv3x3(beside, *last, skip=y)
+        if "twice" in read:
+            out = ops.add(out, ops.conv3x3(Tensor.from_numpy(beside_values, backend), *last, skip=y))
+        for parameter in learned:
+            parameter.assign(np.zeros(parameter.shape), parameter.gradient)
+        poison(backend, (images, height + 2, width + 2, outputs))
+        out.backward(gradient)
+        return [out.numpy(), x.gradient, *(parameter.numpy(parameter.gradient) for parameter in learned)]
+
+    for number, (found, expected) in enumerate(zip(run(True), run(False), strict=True)):
+        np.testing.assert_array_equal(found, expected, f"value {number}")
+        if number in (
+            0,
+            1,
+            2,
+            8,
+        ):  # whatever is read: the output, gradients of x and of the first and last weights
+            assert expected.any() and np.isfinite(expected).all()
+
+
+@pytest.mark.usefixtures("algorithm")
+def test_what_is_not_kept_cannot_be_read(backend, rng):
+    weight, bias = parameters(backend, rng, "conv", 20, (6,), 3)
+    x = Tensor.from_numpy(rng.standard_normal((1, 12, 13, 6)), backend, requires_gradient=True)
+    y, pooled = ops.conv3x3_maxpool2x2(x, weight, bias, (4, 5))
+    whole = ops.conv3x3(x, weight, bias, relu=True)
+    said = r"\(1, 10, 11, 20\) only the centre of 4 x 5 pixels was kept, and {} x {} were asked for"
+    with pytest.raises(ValueError, match=said.format(10, 11)):
+        y.numpy()
+    for operation in (ops.maxpool2x2, ops.softmax, lambda y: ops.dropout(y, 0.5, 1, 2)):
+        with pytest.raises(ValueError, match=said.format(10, 11)):
+            operation(y)
+    last = parameters(backend, rng, "conv", 5, (20, 1), 3)
+    for beside in ((4, 6), (5, 5)):
+        with pytest.raises(ValueError, match=said.format(*beside)):
+            ops.conv3x3(Tensor.from_numpy(np.zeros((1, *beside, 1)), backend), *last, skip=y)
+    np.testing.assert_array_equal(pooled.numpy(), ops.maxpool2x2(whole).numpy())
+    with pytest.raises(ValueError, match=said.format(10, 11)):
+        y.backward(np.ones(y.shape))  # whose mask is not there
+    for kept in ((0, 5), (4, 0), (11, 5), (4, 12)):
+        with pytest.raises(
+            ValueError, match=f"the centre to be kept, {kept[0]} x {kept[1]} pixels, is not within"
+        ):
+            ops.conv3x3_maxpool2x2(x, weight, bias, kept)
 
 
 @pytest.mark.parametrize("case", [(1, 1, 1, 1, 2), (2, 9, 7, 16, 2), (1, 6, 13, 20, 5)], ids=str)
