@@ -75,6 +75,7 @@ PYBIND11_MODULE(_fastunet, module) {
       .def(py::init([](int images, int height, int width, int channels) {
              Array array(images, height, width, channels);
              array.clear();
+             array.masked = true;  // as a gradient, by whatever ReLU
              return array;
            }),
            "images"_a, "height"_a, "width"_a, "channels"_a, "Zeros.")

@@ -183,18 +183,13 @@ std::pair<std::optional<Array>, std::optional<Array>> conv3x3_backward(const Arr
   float* dw = expect_count(weight_gradient, floats, "the weight gradient of conv3x3");
   float* db = expect_count(bias_gradient, padded(g.channels), "the bias gradient of conv3x3");
   const View x_mask = input.first_layer != nullptr ? View{} : mask_of(x);
-  const View output_mask = masks ? relu_output->whole_or_kept() : g;
+  const View output_mask = masks ? relu_output->whole() : View{};
   std::optional<Array> x_gradient, skip_gradient;
   run([&] {
     std::optional<Array> copy;  // where the gradient does not come as it is needed
     if (masks || gradient.border < kGradientBorder) {
       copy.emplace(g.images, g.height, g.width, g.channels, kGradientBorder);
-      const bool all = output_mask.height == g.height && output_mask.width == g.width;
-      kernels().mask(g, masks && all ? output_mask : View{}, copy->view);
-      if (masks && !all) {  // beyond the centre, the gradient came through a pooling, masked
-        const View centre = copy->centre(output_mask.height, output_mask.width).view;
-        kernels().mask(centre, output_mask, centre);
-      }
+      kernels().mask(g, output_mask, copy->view);
     }
     const View& ready = copy ? copy->view : g;
     kernels().conv3x3_backward_weight(input, ready, dw, db, chosen);

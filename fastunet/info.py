@@ -47,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _describe(arguments: argparse.Namespace) -> None:
     if arguments.threads is not None:
         backends.set_threads(arguments.threads)
+    tile = _tile_size(arguments.tile)
     if arguments.kernels:
-        _describe_kernels(arguments.model, 572 if arguments.tile == "auto" else int(arguments.tile))
+        _describe_kernels(arguments.model, 572 if tile == "auto" else int(tile))
         return
     if arguments.model is None:
         _describe_machine(arguments.device)
@@ -58,7 +59,7 @@ def _describe(arguments: argparse.Namespace) -> None:
         arguments.model,
         device=arguments.device,
         precision=arguments.precision,
-        tile=int(arguments.tile) if arguments.tile.isdecimal() else arguments.tile,
+        tile=tile,
         memory=None if arguments.memory is None else parse_bytes(arguments.memory),
     )
     plan = predictor.plan(height, width)
@@ -91,10 +92,13 @@ def _describe_machine(device: str) -> None:
 
 
 def _describe_kernels(model: str | None, tile: int) -> None:
-    network = UNet.load(model_file(model), "cpu") if model else UNet(device="cpu", base_channels=1)
-    base, depth = (network.base_channels, network.depth) if model else (64, 4)
+    inputs, classes, base, depth = 1, 2, 64, 4  # the paper's
+    if model is not None:
+        network = UNet.load(model_file(model), "cpu")
+        inputs, classes = network.in_channels, network.num_classes
+        base, depth = network.base_channels, network.depth
     output_size(tile, depth)
-    backend: Any = network.backend
+    backend: Any = backends.load("cpu")
     print(
         f"{backends.describe()}, a tile of {tile}x{tile}\n\n"
         "3x3 convolutions: the fewest multiplications of direct, Winograd F(2x2, 3x3) and F(4x4, 3x3); direct where\n"
@@ -116,7 +120,7 @@ def _describe_kernels(model: str | None, tile: int) -> None:
         as_read = is_first and inputs <= IMAGE_CHANNELS and backend.algorithm != "direct"
         row(layer, side, inputs, outputs, "where read" if as_read else forward, data, forward)
 
-    side, inputs = tile, network.in_channels
+    side = tile
     for level in range(depth + 1):
         width = base * 2**level
         name = f"encoder.{level}" if level < depth else "bottleneck"
@@ -130,7 +134,7 @@ def _describe_kernels(model: str | None, tile: int) -> None:
         conv3x3(f"decoder.{step}.conv1", side - 2, 2 * width, width)
         conv3x3(f"decoder.{step}.conv2", side - 4, width, width)
         side -= 4
-    row("head", side, base, network.num_classes)
+    row("head", side, base, classes)
 
 
 def _describe_network(model: UNet) -> None:
@@ -225,6 +229,16 @@ def _image_size(text: str) -> tuple[int, int]:
     if min(size) < 1:
         raise ValueError(f"--image is {text!r}; expected height x width in pixels, such as 512x696")
     return size
+
+
+def _tile_size(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not re.fullmatch(r"[0-9]{1,6}", text):
+        raise ValueError(
+            f"--tile is {text!r}; expected auto or the network's input size in pixels, such as 572"
+        )
+    return int(text)
 
 
 if __name__ == "__main__":

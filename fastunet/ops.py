@@ -108,6 +108,32 @@ def upconv2x2(x: Tensor, weight: Parameter, bias: Parameter) -> Tensor:
     )
 
 
+def upconv2x2_conv3x3(
+    x: Tensor, skip: Tensor, up_weight: Parameter, up_bias: Parameter, weight: Parameter, bias: Parameter
+) -> Tensor:
+    """`conv3x3` with ReLU of [centre of skip, `upconv2x2` of x].
+
+    Where nothing is recorded and the device gains by it, as one linear map: nothing stands between the two, so that each
+    of the four phases of the result is a 2x2 convolution of x beside the 3x3 convolution of the skip. Equal to the two
+    up to rounding.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit each other.
+    """
+    _check_inputs("upconv2x2", up_weight, x)
+    composition = x.backend.composition
+    channels = up_weight.inputs, weight.inputs, weight.outputs
+    if recording() or composition is None or not composition.pays(x.shape, *channels):
+        return conv3x3(upconv2x2(x, up_weight, up_bias), weight, bias, relu=True, skip=skip)
+    layers = up_weight, up_bias, weight, bias
+    composed = weight.owner.derived(
+        layers, lambda: composition.compose(*(layer.value for layer in layers), *channels)
+    )
+    return Tensor(composition.forward(x.array, skip.array, composed, weight.outputs), x.backend)
+
+
 def conv1x1(x: Tensor, weight: Parameter, bias: Parameter) -> Tensor:
     """1x1 convolution, the network's head: (N, H, W, C) -> (N, H, W, K); `weight` is (K, C, 1, 1), `bias` (K,).
 

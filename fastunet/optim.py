@@ -42,6 +42,7 @@ class SGD:
     def step(self) -> None:
         """Update every parameter from its gradient."""
         parameters = self._parameters
+        parameters.changed()
         parameters.backend.sgd_momentum(
             parameters.values_buffer, parameters.gradients_buffer, self._momenta, self.lr, self.momentum
         )
@@ -55,6 +56,7 @@ class SGD:
 
     def _update(self, place: slice, gradient: Any) -> None:
         parameters = self._parameters
+        parameters.changed()
         parameters.backend.sgd_momentum(
             parameters.values_buffer[place], gradient, self._momenta[place], self.lr, self.momentum
         )

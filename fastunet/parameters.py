@@ -74,6 +74,7 @@ class Parameter:
             If the values have another shape or are on another device.
         """
         packed = self.value if packed is None else packed
+        self.owner.changed()
         values = self.backend.given(values)
         if values.shape != self.shape:
             raise ValueError(f"values of shape {values.shape} were given, {self.shape} is expected")
@@ -100,12 +101,11 @@ class ParameterSet(Mapping[str, Parameter]):
         self.values_buffer = backend.buffer(sum(sizes.values()))
         self.gradients_buffer = backend.buffer(sum(sizes.values()))
         self._made: Made | None = None
+        self._derived: dict[tuple[Parameter, ...], Any] = {}
         self._parameters = {}
-        self._slices = {}
         first = 0
         for name, (kind, shape, inputs) in shapes.items():
             place = slice(first, first + sizes[name])
-            self._slices[name] = place
             self._parameters[name] = Parameter(kind, shape, inputs, self.values_buffer[place], place, self)
             first += sizes[name]
 
@@ -142,13 +142,23 @@ class ParameterSet(Mapping[str, Parameter]):
         self._made(weight.place, both[:of_weight])
         self._made(bias.place, both[of_weight:])
 
+    def derived(self, parameters: tuple[Parameter, ...], make: Callable[[], Any]) -> Any:
+        """What is made of the values of these parameters, kept until a value changes."""
+        if parameters not in self._derived:
+            self._derived[parameters] = make()
+        return self._derived[parameters]
+
+    def changed(self) -> None:
+        """To be called by whoever writes to values."""
+        self._derived.clear()
+
     def count(self) -> int:
         """How many numbers are learned, padding not counted."""
         return sum(math.prod(parameter.shape) for parameter in self.values())
 
     def to_dict(self, buffer: Any) -> dict[str, np.ndarray]:
         """A flat buffer (values, gradients or momenta) as ndarrays by name, in PyTorch's layouts."""
-        return {name: self[name].numpy(buffer[place]) for name, place in self._slices.items()}
+        return {name: parameter.numpy(buffer[parameter.place]) for name, parameter in self.items()}
 
     def from_dict(self, values: Mapping[str, Any], buffer: Any) -> None:
         """Fill a flat buffer from ndarrays, or arrays on the device, by name.
@@ -166,4 +176,4 @@ class ParameterSet(Mapping[str, Parameter]):
             array = self.backend.given(values[name])
             if array.shape != parameter.shape:
                 raise ValueError(f"parameter {name!r} has shape {array.shape}, {parameter.shape} is expected")
-            parameter.assign(array, buffer[self._slices[name]])
+            parameter.assign(array, buffer[parameter.place])

@@ -187,8 +187,8 @@ class UNet:
         x = ops.conv3x3(x, *self._layer("bottleneck.conv1"), relu=True)
         x = drop(ops.conv3x3(x, *self._layer("bottleneck.conv2"), relu=True), 1)
         for step in range(self.depth):
-            x = ops.upconv2x2(x, *self._layer(f"decoder.{step}.upconv"))
-            x = ops.conv3x3(x, *self._layer(f"decoder.{step}.conv1"), relu=True, skip=skips.pop())
+            up, first = self._layer(f"decoder.{step}.upconv"), self._layer(f"decoder.{step}.conv1")
+            x = ops.upconv2x2_conv3x3(x, skips.pop(), *up, *first)
             x = ops.conv3x3(x, *self._layer(f"decoder.{step}.conv2"), relu=True)
         return x
 

@@ -229,10 +229,13 @@ def test_maxpool2x2_adds_to_a_gradient_that_is_there(backend, rng):
     np.testing.assert_array_equal(x.gradient, rounded(backend, first + alone.gradient))
 
 
-@pytest.mark.parametrize("size", [(1, 8, 8, 1, 1), (2, 12, 10, 3, 20), (1, 21, 16, 16, 16)], ids=str)
+@pytest.mark.parametrize("size", [(1, 8, 8, 1, 1), (2, 12, 10, 5, 20), (1, 21, 16, 16, 16)], ids=str)
 @pytest.mark.usefixtures("algorithm")
 def test_conv3x3_maxpool2x2_is_the_two_one_after_the_other(backend, rng, size):
-    """Down, up again and beside the skip: the convolution's result is used twice, once by its centre."""
+    """Down, up again and beside the skip: the convolution's result is used twice, once by its centre.
+
+    Of a large image of few channels, computed in two ways, rounding may have another pixel win a pooling.
+    """
     images, height, width, channels, outputs = size
     values = rng.standard_normal((images, height, width, channels)).astype(np.float32)
     first = parameters(backend, rng, "conv", outputs, (channels,), 3)
@@ -258,6 +261,93 @@ def test_conv3x3_maxpool2x2_is_the_two_one_after_the_other(backend, rng, size):
     for number, (found, expected) in enumerate(zip(run(True), run(False), strict=True)):
         assert np.abs(expected).max() > 0
         assert_close(found, expected, f"value {number}", activation_bits(backend))
+
+
+@pytest.mark.parametrize("size", [(1, 10, 12, 5, 5), (2, 15, 18, 20, 17), (1, 29, 22, 16, 48)], ids=str)
+@pytest.mark.parametrize("read", ["pooled", "centre", "both", "centre twice and pooled"])
+@pytest.mark.usefixtures("algorithm")
+def test_conv3x3_maxpool2x2_of_which_only_the_centre_is_kept(backend, rng, size, read):
+    """Whichever of its results are read; ReLU and pooling choose as they did here, for rounding may turn a choice."""
+    images, height, width, channels, outputs = size
+    values = rng.standard_normal((images, height, width, channels)).astype(np.float32)
+    kept = tuple(2 * ((side - 2) // 2 - 2) for side in (height, width))
+    first = parameters(backend, rng, "conv", outputs, (channels,), 3)
+    below = parameters(backend, rng, "conv", outputs, (outputs,), 3)
+    up = parameters(backend, rng, "upconv", 4, (outputs,), 2)
+    last = parameters(backend, rng, "conv", 5, (outputs, 4), 3)
+    learned = (*first, *below, *up, *last)
+    beside_values = rng.standard_normal((images, *kept, 4)).astype(np.float32)
+    skip_values = rng.standard_normal((images, *kept, outputs)).astype(np.float32)
+
+    x = Tensor.from_numpy(values, backend, requires_gradient=True)
+    with no_grad():
+        whole = ops.conv3x3(x, *first, relu=True).numpy()
+    poison(backend, whole.shape)
+    y, pooled = ops.conv3x3_maxpool2x2(x, *first, kept)
+    assert y.shape == whole.shape
+    beside = beside_alone = Tensor.from_numpy(beside_values, backend)
+    if "pooled" in read or read == "both":
+        beside = ops.upconv2x2(ops.conv3x3(pooled, *below), *up)
+    out = ops.conv3x3(beside, *last, skip=Tensor.from_numpy(skip_values, backend) if read == "pooled" else y)
+    if "twice" in read:
+        out = ops.add(out, ops.conv3x3(beside_alone, *last, skip=y))
+    gradient = rng.standard_normal(out.shape).astype(np.float32)
+    for parameter in learned:
+        parameter.assign(np.zeros(parameter.shape), parameter.gradient)
+    poison(backend, (images, height + 2, width + 2, outputs))  # the gradient within its border of zeros
+    out.backward(gradient)
+
+    torch_x, torch_learned = to_torch(values), [weight_to_torch(parameter) for parameter in learned]
+    torch_whole = to_torch(whole).detach()
+    torch_y = F.conv2d(torch_x, *torch_learned[:2]) * (torch_whole > 0)
+    winners = F.max_pool2d(torch_whole, 2, return_indices=True)[1]
+    torch_pooled = torch_y.flatten(2).gather(2, winners.flatten(2)).view(winners.shape)
+    torch_beside = torch_beside_alone = to_torch(beside_values)
+    if "pooled" in read or read == "both":
+        convolved = F.conv2d(torch_pooled, *torch_learned[2:4])
+        torch_beside = F.conv_transpose2d(convolved, *torch_learned[4:6], stride=2)
+    top, left = ((side - centre) // 2 for side, centre in zip(whole.shape[1:3], kept, strict=True))
+    skip = torch_y[:, :, top : top + kept[0], left : left + kept[1]]
+    skip = to_torch(skip_values) if read == "pooled" else skip
+    expected = F.conv2d(torch.cat([skip, torch_beside], 1), *torch_learned[6:])
+    if "twice" in read:
+        expected = expected + F.conv2d(torch.cat([skip, torch_beside_alone], 1), *torch_learned[6:])
+    expected.backward(to_torch(gradient).detach())
+
+    def check(found: np.ndarray, wanted: np.ndarray, what: str) -> None:
+        assert_close(found, wanted, what, roundings=4)  # as many operations one after the other
+
+    check(out.numpy(), to_numpy(expected), "forward")
+    check(x.gradient, to_numpy(torch_x.grad), "data gradient")
+    for number, (parameter, reference) in enumerate(zip(learned, torch_learned, strict=True)):
+        wanted = np.zeros(reference.shape) if reference.grad is None else reference.grad.numpy()
+        check(parameter.numpy(parameter.gradient), wanted, f"gradient of parameter {number}")
+
+
+@pytest.mark.usefixtures("algorithm")
+def test_what_is_not_kept_cannot_be_read(backend, rng):
+    weight, bias = parameters(backend, rng, "conv", 20, (6,), 3)
+    x = Tensor.from_numpy(rng.standard_normal((1, 12, 13, 6)), backend, requires_gradient=True)
+    y, pooled = ops.conv3x3_maxpool2x2(x, weight, bias, (4, 5))
+    whole = ops.conv3x3(x, weight, bias, relu=True)
+    said = r"\(1, 10, 11, 20\) only the centre of 4 x 5 pixels was kept, and {} x {} were asked for"
+    with pytest.raises(ValueError, match=said.format(10, 11)):
+        y.numpy()
+    for operation in (ops.maxpool2x2, ops.softmax, lambda y: ops.dropout(y, 0.5, 1, 2)):
+        with pytest.raises(ValueError, match=said.format(10, 11)):
+            operation(y)
+    last = parameters(backend, rng, "conv", 5, (20, 1), 3)
+    for beside in ((4, 6), (5, 5)):
+        with pytest.raises(ValueError, match=said.format(*beside)):
+            ops.conv3x3(Tensor.from_numpy(np.zeros((1, *beside, 1)), backend), *last, skip=y)
+    np.testing.assert_array_equal(pooled.numpy(), ops.maxpool2x2(whole).numpy())
+    with pytest.raises(ValueError, match=said.format(10, 11)):
+        y.backward(np.ones(y.shape))  # whose mask is not there
+    for kept in ((0, 5), (4, 0), (11, 5), (4, 12)):
+        with pytest.raises(
+            ValueError, match=f"the centre to be kept, {kept[0]} x {kept[1]} pixels, is not within"
+        ):
+            ops.conv3x3_maxpool2x2(x, weight, bias, kept)
 
 
 @pytest.mark.parametrize("case", [(1, 1, 1, 1, 2), (2, 9, 7, 16, 2), (1, 6, 13, 20, 5)], ids=str)

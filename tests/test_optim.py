@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch_unet
 
-from fastunet import SGD, UNet, ops
+from fastunet import SGD, UNet, input_size, ops
+from fastunet.training_step import TrainingStep
 
 
 def test_ten_steps_follow_torch(rng):
@@ -76,6 +77,58 @@ def test_the_same_seed_is_bitwise_the_same_training(rng):
 
     one, other = train(), train()
     assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(base_channels=5, depth=1), dict(in_channels=3, num_classes=4, base_channels=16, depth=2)],
+    ids=str,
+)
+def test_steps_made_layer_by_layer_are_bitwise_those_made_at_once(rng, sizes):
+    sizes["seed"] = int(rng.integers(2**31))
+    at_once, by_layer, as_steps = (UNet(**sizes) for _ in range(3))
+    optimizers = [SGD(model, lr=1e-2, momentum=0.9) for model in (at_once, by_layer, as_steps)]
+    step = TrainingStep(as_steps, optimizers[2])
+    side, depth = input_size(10, at_once.depth), at_once.depth
+    before = at_once.state_dict()
+    for number in range(4):
+        x = rng.standard_normal((1, side, side + 2**depth, at_once.in_channels)).astype(np.float32)
+        labels = rng.integers(0, at_once.num_classes, (1, *at_once(x).shape[1:3]))
+        at_once.draws -= 1
+        weights = rng.random(labels.shape).astype(np.float32)
+        for optimizer in optimizers:
+            optimizer.lr = 1e-2 / (1 + number)
+        optimizers[0].zero_grad()
+        wanted = at_once.loss(x, labels, weights)
+        wanted.backward()
+        optimizers[0].step()
+        with optimizers[1].steps_as_gradients_are_made():
+            loss = by_layer.loss(x, labels, weights)
+            loss.backward()
+        assert float(loss) == float(wanted) == step(x, labels, weights)()
+    assert not any(
+        gradient.any() for model in (by_layer, as_steps) for gradient in model.gradients().values()
+    )
+    for name, values in at_once.state_dict().items():
+        assert np.any(values != before[name]), name
+        for model in (by_layer, as_steps):
+            np.testing.assert_array_equal(model.state_dict()[name], values, name)
+    for name, momentum in optimizers[0].state_dict().items():
+        assert momentum.any(), name
+        for optimizer in optimizers[1:]:
+            np.testing.assert_array_equal(optimizer.state_dict()[name], momentum, name)
+    # Outside, gradients are kept again.
+    by_layer.loss(x, labels, weights).backward()
+    assert all(gradient.any() for gradient in by_layer.gradients().values())
+
+
+def test_a_step_that_fails_leaves_gradients_to_be_kept(rng):
+    model = UNet(base_channels=3, depth=1, dropout=0.0)
+    x, labels = rng.standard_normal((1, 32, 32, 1)).astype(np.float32), np.zeros((1, 16, 16), int)
+    with pytest.raises(ValueError, match="sum to zero"):
+        TrainingStep(model, SGD(model))(x, labels, np.zeros(labels.shape))
+    model.loss(x, labels, np.ones(labels.shape)).backward()
+    assert model.gradients()["head.bias"].any()
 
 
 def test_arguments_out_of_range():

@@ -63,6 +63,29 @@ class Predictions(Protocol):
         """Sums over so many views of such images, divided: (H, W, K) of one, or a stack; with `__dlpack__`."""
 
 
+class Composition(Protocol):
+    """An up-convolution and the 3x3 convolution with ReLU of [a skip's centre, its result] as one linear map."""
+
+    def pays(
+        self, shape: tuple[int, ...], up_inputs: Sequence[int], inputs: Sequence[int], outputs: int
+    ) -> bool:
+        """Whether it is less work for an input of this shape; the channels that the two weights read."""
+
+    def compose(
+        self,
+        up_weight: Any,
+        up_bias: Any,
+        weight: Any,
+        bias: Any,
+        up_inputs: Sequence[int],
+        inputs: Sequence[int],
+        outputs: int,
+    ) -> Any:
+        """The map."""
+
+    def forward(self, x: Any, skip: Any, composed: Any, outputs: int) -> Any: ...
+
+
 class Backend(Protocol):
     """The primitive kernels of a device, by the same names and argument order on each."""
 
@@ -155,6 +178,9 @@ class Backend(Protocol):
     def upconv2x2_backward(
         self, gradient: Any, x: Any, weight: Any, weight_gradient: Any, bias_gradient: Any, wants_input: bool
     ) -> Any: ...
+
+    composition: Composition | None
+    """None where the device gains nothing by it."""
 
     def conv1x1_forward(self, x: Any, weight: Any, bias: Any, outputs: int) -> Any: ...
 

@@ -30,6 +30,34 @@ def _padded(channels: int) -> int:
     return -(-channels // _BLOCK) * _BLOCK
 
 
+class CpuComposition:
+    """`fastunet.backends.Composition` by what csrc/operations.h calls composed."""
+
+    forward = staticmethod(engine.composed_forward)
+
+    def __init__(self, algorithm: str) -> None:
+        self.algorithm = algorithm
+
+    def pays(
+        self, shape: tuple[int, ...], up_inputs: Sequence[int], inputs: Sequence[int], outputs: int
+    ) -> bool:
+        skip, middle = inputs
+        return engine.composing_pays(self.algorithm, *up_inputs, middle, skip, outputs, *shape[1:3])
+
+    def compose(
+        self,
+        up_weight: Any,
+        up_bias: Any,
+        weight: Any,
+        bias: Any,
+        up_inputs: Sequence[int],
+        inputs: Sequence[int],
+        outputs: int,
+    ) -> Any:
+        skip, middle = inputs
+        return engine.compose(up_weight, up_bias, weight, bias, *up_inputs, middle, skip, outputs)
+
+
 class CpuBackend:
     """`Backend` on the CPU; see `fastunet.backends.Backend` for what each kernel does."""
 
@@ -45,6 +73,7 @@ class CpuBackend:
             raise ValueError(
                 f"FASTUNET_CONV is {self.algorithm!r}; expected {', '.join(ALGORITHMS)}, or unset for auto"
             )
+        self.composition = CpuComposition(self.algorithm)
 
     upconv2x2_forward = staticmethod(engine.upconv2x2_forward)
     upconv2x2_backward = staticmethod(engine.upconv2x2_backward)

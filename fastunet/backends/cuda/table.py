@@ -165,6 +165,7 @@ class CudaBackend:
     """
 
     repeats = True
+    composition = None
 
     def __init__(self, device: Device, precision: str) -> None:
         self.name = device.name
