@@ -103,22 +103,31 @@ def _describe_kernels(model: str | None, tile: int) -> None:
         f"{backends.describe()}, a tile of {tile}x{tile}\n\n"
         "3x3 convolutions: the fewest multiplications of direct, Winograd F(2x2, 3x3) and F(4x4, 3x3); direct where\n"
         "fewer than 16 channels go in or come out. The first layer of an image of up to 4 channels is computed\n"
-        "wherever it is read. FASTUNET_CONV=direct, winograd2, winograd4 or winograd6 overrides.\n"
+        "wherever it is read. Where no gradient is wanted, layers marked + are one linear map with the + behind them,\n"
+        "F(5x5, 2x2) and F(4x4, 3x3), if that takes fewer multiplications and is not of more than 256 outputs.\n"
+        "FASTUNET_CONV=direct, winograd2, winograd4 or winograd6 overrides all of it.\n"
     )
     print(
-        f"{'layer':20} {'output':>11} {'channels':>13}  {'forward':11} {'data gradient':14} weight gradient"
+        f"{'layer':20} {'output':>11} {'channels':>13}  {'forward':12} {'data gradient':14} weight gradient"
     )
 
-    def row(layer: str, side: int, inputs: int, outputs: int, *algorithms: str) -> None:
-        forward, data, weight = algorithms if len(algorithms) == 3 else 3 * ("direct",)
+    def row(
+        layer: str, side: int, inputs: int, outputs: int, forward: str, data: str, weight: str, mark: str = ""
+    ) -> None:
+        forward += mark
         channels = f"{inputs} -> {outputs}"
-        print(f"{layer:20} {f'{side}x{side}':>11} {channels:>13}  {forward:11} {data:14} {weight}")
+        print(f"{layer:20} {f'{side}x{side}':>11} {channels:>13}  {forward:12} {data:14} {weight}")
 
-    def conv3x3(layer: str, side: int, inputs: int, outputs: int, is_first: bool = False) -> None:
+    def direct(layer: str, side: int, inputs: int, outputs: int, mark: str = "") -> None:
+        row(layer, side, inputs, outputs, "direct", "direct", "direct", mark)
+
+    def conv3x3(
+        layer: str, side: int, inputs: int, outputs: int, is_first: bool = False, mark: str = ""
+    ) -> None:
         forward = backend.conv3x3_algorithm(inputs, outputs, side, side)
         data = "none" if is_first else backend.conv3x3_algorithm(outputs, inputs, side + 2, side + 2)
         as_read = is_first and inputs <= IMAGE_CHANNELS and backend.algorithm != "direct"
-        row(layer, side, inputs, outputs, "where read" if as_read else forward, data, forward)
+        row(layer, side, inputs, outputs, "where read" if as_read else forward, data, forward, mark)
 
     side = tile
     for level in range(depth + 1):
@@ -129,12 +138,14 @@ def _describe_kernels(model: str | None, tile: int) -> None:
         side, inputs = (side - 4) // 2 if level < depth else side - 4, width
     for step in range(depth):
         width = base * 2 ** (depth - 1 - step)
+        composed = backend.composition.pays((1, side, side, 2 * width), (2 * width,), (width, width), width)
+        mark = " +" if composed else ""
         side *= 2
-        row(f"decoder.{step}.upconv", side, 2 * width, width)
-        conv3x3(f"decoder.{step}.conv1", side - 2, 2 * width, width)
+        direct(f"decoder.{step}.upconv", side, 2 * width, width, mark)
+        conv3x3(f"decoder.{step}.conv1", side - 2, 2 * width, width, mark=mark)
         conv3x3(f"decoder.{step}.conv2", side - 4, width, width)
         side -= 4
-    row("head", side, base, classes)
+    direct("head", side, base, classes)
 
 
 def _describe_network(model: UNet) -> None:

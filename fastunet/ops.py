@@ -40,7 +40,7 @@ def conv3x3(
     ValueError
         If the shapes do not fit each other.
     """
-    _check_inputs("conv3x3", weight, x if skip is None else (skip, x))
+    _check_inputs("conv3x3", weight, *([x] if skip is None else [skip, x]))
     skip_array = None if skip is None else skip.array
     y = x.backend.conv3x3_forward(x.array, skip_array, weight.value, bias.value, weight.outputs, relu)
     return _record_conv3x3(y, x, weight, bias, relu, skip)
@@ -113,9 +113,9 @@ def upconv2x2_conv3x3(
 ) -> Tensor:
     """`conv3x3` with ReLU of [centre of skip, `upconv2x2` of x].
 
-    Where nothing is recorded and the device gains by it, as one linear map: nothing stands between the two, so that each
-    of the four phases of the result is a 2x2 convolution of x beside the 3x3 convolution of the skip. Equal to the two
-    up to rounding.
+    Where nothing is recorded and the device gains by it, as one linear map: nothing stands between the two, so that
+    each of the four phases of the result is a 2x2 convolution of x beside the 3x3 convolution of the skip. Equal to the
+    two up to rounding. The parameters are of one `ParameterSet`, which keeps the map until a value changes.
 
     Raises
     ------
@@ -123,13 +123,14 @@ def upconv2x2_conv3x3(
         If the shapes do not fit each other.
     """
     _check_inputs("upconv2x2", up_weight, x)
+    _check_channels("conv3x3", weight, (skip.shape[3], up_weight.outputs))
     composition = x.backend.composition
     channels = up_weight.inputs, weight.inputs, weight.outputs
     if recording() or composition is None or not composition.pays(x.shape, *channels):
         return conv3x3(upconv2x2(x, up_weight, up_bias), weight, bias, relu=True, skip=skip)
-    layers = up_weight, up_bias, weight, bias
     composed = weight.owner.derived(
-        layers, lambda: composition.compose(*(layer.value for layer in layers), *channels)
+        (up_weight, up_bias, weight, bias),
+        lambda: composition.compose(up_weight.value, up_bias.value, weight.value, bias.value, *channels),
     )
     return Tensor(composition.forward(x.array, skip.array, composed, weight.outputs), x.backend)
 
@@ -290,8 +291,11 @@ def _of_one_input(
     return record(y, x.backend, (x,), way_back, learns=True)
 
 
-def _check_inputs(name: str, weight: Parameter, inputs: Tensor | tuple[Tensor, ...]) -> None:
-    channels = tuple(tensor.shape[3] for tensor in (inputs if isinstance(inputs, tuple) else (inputs,)))
+def _check_inputs(name: str, weight: Parameter, *inputs: Tensor) -> None:
+    _check_channels(name, weight, tuple(tensor.shape[3] for tensor in inputs))
+
+
+def _check_channels(name: str, weight: Parameter, channels: tuple[int, ...]) -> None:
     if channels != weight.inputs:
         raise ValueError(
             f"{name} was given inputs of {channels} channels; its weight expects {weight.inputs}"

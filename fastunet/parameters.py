@@ -16,7 +16,7 @@ from fastunet.backends import Backend
 Made = Callable[[slice, Any], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Parameter:
     """A weight or bias as a pair of slices of the flat buffers.
 

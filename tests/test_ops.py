@@ -199,6 +199,98 @@ def check_upconv2x2(backend, rng, case) -> None:
     check_one_input(backend, rng, ops.upconv2x2, reference, "upconv", 2, case)
 
 
+COMPOSED = [
+    # images, height, width, channels of x, between, of the skip, outputs, pixels that the skip is larger
+    (1, 2, 2, 16, 16, 16, 16, 0),
+    (2, 8, 9, 32, 16, 16, 16, 4),
+    (1, 13, 7, 40, 20, 17, 33, 5),
+    (1, 12, 31, 5, 3, 2, 7, 2),
+    (1, 6, 11, 256, 128, 128, 128, 8),
+    (1, 26, 17, 512, 256, 256, 256, 0),  # too many transformed weights for a cache
+]
+
+
+@pytest.mark.parametrize("case", COMPOSED, ids=str)
+def test_upconv2x2_conv3x3(backend, rng, case, monkeypatch):
+    """As one linear map, where nothing is recorded; and again after a value has changed."""
+    images, height, width, inputs, middle, skips, outputs, beyond = case
+    monkeypatch.setattr(type(backend.composition), "pays", lambda *arguments: True)
+    shapes = {
+        "up.weight": ("upconv", (inputs, middle, 2, 2), (inputs,)),
+        "up.bias": ("bias", (middle,), ()),
+        "weight": ("conv", (outputs, skips + middle, 3, 3), (skips, middle)),
+        "bias": ("bias", (outputs,), ()),
+    }
+    layers = ParameterSet(backend, shapes)
+    values = rng.standard_normal((images, height, width, inputs)).astype(np.float32)
+    skip_values = rng.standard_normal((images, 2 * height + beyond, 2 * width + beyond, skips)).astype(
+        np.float32
+    )
+    x, skip = (Tensor.from_numpy(v, backend) for v in (values, skip_values))
+    first = beyond // 2
+    cropped = skip_values[:, first : first + 2 * height, first : first + 2 * width]
+    for _ in range(2):
+        for parameter in layers.values():
+            parameter.assign(rng.standard_normal(parameter.shape))
+        poison(backend, (images, 2 * height - 2, 2 * width - 2, outputs))
+        with no_grad(), monkeypatch.context() as patched:
+            patched.setattr(type(backend), "upconv2x2_forward", None)  # nobody calls it
+            found = ops.upconv2x2_conv3x3(x, skip, *layers.values())
+        up_weight, up_bias, weight, bias = map(weight_to_torch, layers.values())
+        up = F.conv_transpose2d(to_torch(values), up_weight, up_bias, stride=2)
+        expected = F.relu(F.conv2d(torch.cat([to_torch(cropped), up], 1), weight, bias))
+        assert_close(found.numpy(), to_numpy(expected), "output")
+
+
+def test_upconv2x2_conv3x3_records_the_two(backend, rng):
+    """Whoever may want gradients gets them."""
+    shapes = {
+        "up.weight": ("upconv", (32, 16, 2, 2), (32,)),
+        "up.bias": ("bias", (16,), ()),
+        "weight": ("conv", (16, 32, 3, 3), (16, 16)),
+        "bias": ("bias", (16,), ()),
+    }
+    layers = ParameterSet(backend, shapes)
+    for parameter in layers.values():
+        parameter.assign(rng.standard_normal(parameter.shape))
+    up_layer, layer = list(layers.values())[:2], list(layers.values())[2:]
+    values = [rng.standard_normal(shape).astype(np.float32) for shape in ((1, 20, 21, 32), (1, 40, 42, 16))]
+    gradient = rng.standard_normal((1, 38, 40, 16)).astype(np.float32)
+    results = []
+    for together in (True, False):
+        x, skip = (Tensor.from_numpy(v, backend, requires_gradient=True) for v in values)
+        if together:
+            y = ops.upconv2x2_conv3x3(x, skip, *layers.values())
+        else:
+            y = ops.conv3x3(ops.upconv2x2(x, *up_layer), *layer, relu=True, skip=skip)
+        y.backward(gradient)
+        results.append((y.numpy(), x.gradient, skip.gradient))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
+    with no_grad():
+        composed = ops.upconv2x2_conv3x3(x, skip, *layers.values()).numpy()
+        assert (composed != results[0][0]).any()  # by another way
+        for wrong in (Tensor.from_numpy(np.zeros((1, 40, 42, 15)), backend), x):
+            with pytest.raises(ValueError, match="channels|twice as large"):
+                ops.upconv2x2_conv3x3(x, wrong, *layers.values())
+        small = Tensor.from_numpy(np.zeros((1, 39, 42, 16)), backend)
+        with pytest.raises(ValueError, match="a skip at least twice as large"):
+            ops.upconv2x2_conv3x3(x, small, *layers.values())
+
+
+def test_layers_are_composed_where_that_is_less_work(backend, monkeypatch):
+    composition = backend.composition
+    for level, (side, channels) in enumerate([(196, 64), (100, 128), (52, 256), (28, 512)]):
+        pays = composition.pays(
+            (1, side, side, 2 * channels), (2 * channels,), (channels, channels), channels
+        )
+        assert pays == (level < 3)  # of 512 outputs composing would cost more than some tiles gain
+    assert not composition.pays((1, 3, 3, 32), (32,), (16, 16), 16)
+    assert not composition.pays((1, 60, 60, 16), (16,), (8, 8), 8)
+    monkeypatch.setattr(backend, "algorithm", "direct")
+    assert not backend.composition.pays((1, 196, 196, 128), (128,), (64, 64), 64)
+
+
 @pytest.mark.parametrize("case", [(1, 1, 1, 1, 2), (2, 7, 5, 20, 3), (1, 44, 31, 64, 2), (1, 6, 6, 16, 40)])
 def test_conv1x1(backend, rng, case):
     check_one_input(backend, rng, ops.conv1x1, F.conv2d, "conv", 1, case)

@@ -9,7 +9,7 @@ import torch
 import torch_unet
 
 import fastunet
-from fastunet import DataError, UNet, no_grad, ops
+from fastunet import SGD, DataError, UNet, no_grad, ops
 from fastunet.geometry import border, input_size, is_valid_input, nearest_inputs, output_size
 
 
@@ -108,6 +108,36 @@ def test_loss_and_every_gradient(rng, sizes):
     # gradient behind it by percents. An error of ours befalls every draw.
     errors = [gradient_error(rng, sizes) for _ in range(5)]
     assert min(errors) <= 1e-4, errors
+
+
+def test_what_only_predicts_sees_every_change_of_the_weights(rng):
+    """Its layers are composed once for the weights as they are."""
+    model = UNet(base_channels=16, depth=2, dropout=0.0, seed=int(rng.integers(2**31)))
+    other = UNet(base_channels=16, depth=2, seed=int(rng.integers(2**31))).state_dict()
+    optimiser = SGD(model, lr=0.1)
+    x = rng.standard_normal((1, 92, 76, 1)).astype(np.float32)
+    labels, weights = rng.integers(0, 2, (1, 52, 36)), np.ones((1, 52, 36), np.float32)
+
+    def step_at_once():
+        model.loss(x, labels, weights).backward()
+        optimiser.step()
+
+    def step_layer_by_layer():
+        with optimiser.steps_as_gradients_are_made():
+            model.loss(x, labels, weights).backward()
+
+    before = None
+    for change in (lambda: None, step_at_once, step_layer_by_layer, lambda: model.load_state_dict(other)):
+        change()
+        with no_grad():
+            found = model(x).numpy()
+        assert before is None or np.abs(found - before).max() > 1e-3 * np.abs(found).max()
+        before = found
+        t = {name: torch.tensor(v.astype(np.float64)) for name, v in model.state_dict().items()}
+        expected = torch_unet.forward(t, torch.tensor(x.astype(np.float64)).permute(0, 3, 1, 2), 2)
+        expected = expected.permute(0, 2, 3, 1).numpy()
+        assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
+        assert (found != model(x).numpy()).any()  # which records, layer by layer
 
 
 def test_dropout_only_in_training_and_another_each_time(rng):

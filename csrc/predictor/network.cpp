@@ -127,15 +127,31 @@ Array Network::logits(Array x) const {
   convolve({});
   convolve({});
   for (int step = 0; step < depth_; ++step) {
-    x = upconv2x2_forward(x, layer->weight, layer->bias, layer->outputs);
-    ++layer;
     std::optional<Array> skip = std::move(skips.back());
     skips.pop_back();
-    convolve(skip);
+    const int channels = layer->outputs;
+    if (composing_pays(kAlgorithm, x.view.channels, channels, channels, channels, x.height, x.width)) {
+      x = composed_forward(x, *skip, composed(layer - layers_.begin()), channels);
+      layer += 2;
+    } else {
+      x = upconv2x2_forward(x, layer->weight, layer->bias, channels);
+      ++layer;
+      convolve(skip);
+    }
     skip.reset();  // nobody reads it again
     convolve({});
   }
   return conv1x1_forward(x, layer->weight, layer->bias, layer->outputs);
+}
+
+const Composed& Network::composed(size_t up) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::shared_ptr<Composed>& found = composed_[up];
+  const Layer &first = layers_[up], &second = layers_[up + 1];
+  const int channels = first.outputs;
+  if (found == nullptr)
+    found = compose(first.weight, first.bias, second.weight, second.bias, 2 * channels, channels, channels, channels);
+  return *found;
 }
 
 }  // namespace fastunet

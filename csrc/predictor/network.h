@@ -1,6 +1,8 @@
 // The U-Net's way forward on the CPU, as fastunet/unet.py goes it: the same operations on the same weights.
 #pragma once
 
+#include <map>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -23,10 +25,13 @@ class Network {
   };
 
   Array logits(Array x) const;
+  const Composed& composed(size_t up) const;  // of the up-convolution layers_[up] and the layer after it
 
   int channels_, depth_;
   std::vector<Layer> layers_;  // in the order of the network
-  Block weights_;              // packed as cpu/kernels.h says
+  mutable std::mutex mutex_;   // of composed_
+  mutable std::map<size_t, std::shared_ptr<Composed>> composed_;
+  Block weights_;  // packed as cpu/kernels.h says
 };
 
 }  // namespace fastunet

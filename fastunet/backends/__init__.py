@@ -179,8 +179,9 @@ class Backend(Protocol):
         self, gradient: Any, x: Any, weight: Any, weight_gradient: Any, bias_gradient: Any, wants_input: bool
     ) -> Any: ...
 
-    composition: Composition | None
-    """None where the device gains nothing by it."""
+    @property
+    def composition(self) -> Composition | None:
+        """None where the device gains nothing by it."""
 
     def conv1x1_forward(self, x: Any, weight: Any, bias: Any, outputs: int) -> Any: ...
 

@@ -73,7 +73,10 @@ class CpuBackend:
             raise ValueError(
                 f"FASTUNET_CONV is {self.algorithm!r}; expected {', '.join(ALGORITHMS)}, or unset for auto"
             )
-        self.composition = CpuComposition(self.algorithm)
+
+    @property
+    def composition(self) -> CpuComposition:
+        return CpuComposition(self.algorithm)
 
     upconv2x2_forward = staticmethod(engine.upconv2x2_forward)
     upconv2x2_backward = staticmethod(engine.upconv2x2_backward)
