@@ -355,7 +355,7 @@ def test_conv3x3_maxpool2x2_is_the_two_one_after_the_other(backend, rng, size):
         assert_close(found, expected, f"value {number}", activation_bits(backend))
 
 
-@pytest.mark.parametrize("size", [(1, 10, 12, 5, 5), (2, 15, 18, 20, 17), (1, 29, 22, 16, 48)], ids=str)
+@pytest.mark.parametrize("size", [(1, 10, 13, 5, 5), (2, 15, 18, 20, 17), (1, 29, 22, 16, 48)], ids=str)
 @pytest.mark.parametrize("read", ["pooled", "centre", "both", "centre twice and pooled"])
 @pytest.mark.usefixtures("algorithm")
 def test_conv3x3_maxpool2x2_of_which_only_the_centre_is_kept(backend, rng, size, read):
