@@ -91,8 +91,8 @@ View Array::centre(int rows, int columns) const {
                                 " pixels was kept, and " + std::to_string(rows) + " x " + std::to_string(columns) +
                                 " were asked for");
   View crop = whole_or_kept();  // which begins where a centre of its size does
-  crop.data = crop.at(0, 0, (height - rows) / 2 - (height - view.height) / 2,
-                      (width - columns) / 2 - (width - view.width) / 2);
+  crop.data =
+      crop.at(0, 0, (height - rows) / 2 - (height - view.height) / 2, (width - columns) / 2 - (width - view.width) / 2);
   crop.height = rows;
   crop.width = columns;
   return crop;

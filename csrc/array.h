@@ -45,7 +45,7 @@ struct Array {
   std::string describe() const;  // its shape
 
   View centre(int rows, int columns) const;  // or it throws, where less was kept
-  const View& whole() const;  // all of it, or it throws
+  const View& whole() const;                 // all of it, or it throws
   // Works out what is pending, for which it takes a turn on the engine.
   const View& whole_or_kept() const;
 };
