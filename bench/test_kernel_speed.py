@@ -1,9 +1,12 @@
 """Every kernel beside PyTorch's, at the shapes of the 572 tile: `pytest bench --benchmark-only`.
 
-Each row of the table is one kernel of one engine; extra_info holds GFLOP/s (direct-equivalent for 3x3 convolutions) or
-GB/s. Engines take turns within a run; compare within it only.
+Each row of the table is one kernel of one engine. Arrays are as training has them: what goes in came out of a ReLU, and
+a gradient comes masked by it, within the border that its way needs. extra_info holds GFLOP/s (direct-equivalent for
+3x3 convolutions) and the share of the machine's peak that the products an engine really does come to; or GB/s. Engines
+take turns within a run; compare within it only.
 """
 
+import fma_peak
 import numpy as np
 import pytest
 import torch
@@ -16,7 +19,6 @@ BACKEND = backends.load("cpu")
 
 # height = width, inputs (of a concatenation: two), outputs: a selection of the layers at base 64 and base 16
 LAYERS = [
-    (572, (1,), 64),
     (570, (64,), 64),
     (282, (128,), 128),
     (138, (256,), 256),
@@ -32,11 +34,14 @@ DIRECTIONS = ("forward", "backward")
 ENGINES = ("fastunet", "torch")
 
 
+def to_torch(values):
+    return torch.tensor(values).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
 def arrays(shape):
     """One activation for both engines: ours and a channels-last tensor."""
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    tensor = torch.tensor(values).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    return BACKEND.array(values), tensor
+    return BACKEND.array(values), to_torch(values)
 
 
 def weights(kind, outputs, inputs, side):
@@ -51,15 +56,54 @@ def weights(kind, outputs, inputs, side):
     return both["w"], both["b"], *tensors
 
 
-def measure(benchmark, function, flops=0.0, moved=0.0):
+def rectified(shape):
+    """Such an activation as a layer makes, which knows that a ReLU made it."""
+    images, height, width, channels = shape
+    weight, bias, *_ = weights("conv", channels, (16,), 3)
+    x, _ = arrays((images, height + 2, width + 2, 16))
+    y = BACKEND.conv3x3_forward(x, None, weight.value, bias.value, channels, True)
+    return y, to_torch(y.pixels())
+
+
+def gradient_of(y):
+    """For y as the layer after it makes it, and for PyTorch, where its ReLU masks it later."""
+    weight, bias, *_ = weights("conv", 16, (y.shape[3],), 3)
+    images, height, width, _ = y.shape
+    after, _ = arrays((images, height - 2, width - 2, 16))
+    gradient, _ = BACKEND.conv3x3_backward(
+        after, y, None, None, weight.value, weight.gradient, bias.gradient, True
+    )
+    return gradient, to_torch(gradient.pixels())
+
+
+def measure(benchmark, function, flops=0.0, moved=0.0, done=None):
+    """`done`: the floating-point operations of the products, where they are other than `flops`."""
     torch.set_num_threads(backends.get_threads())
     with torch.no_grad():
         benchmark.pedantic(function, rounds=5, warmup_rounds=1)
     median = benchmark.stats.stats.median
     if flops:
         benchmark.extra_info["GFLOP/s"] = round(flops / median / 1e9, 1)
+        if peak := fma_peak.flops_per_second(backends.get_threads()):
+            benchmark.extra_info["% of peak"] = round(100 * (done or flops) / median / peak, 1)
     if moved:
         benchmark.extra_info["GB/s"] = round(moved / median / 1e9, 1)
+
+
+def products(engine, inputs, outputs, height, width):
+    """Floating-point operations of a 3x3 convolution's products as the engine goes about it."""
+    algorithm = BACKEND.conv3x3_algorithm(inputs, outputs, height, width)
+    tile = int(algorithm[-1]) if engine == "fastunet" and algorithm != "direct" else 0
+    of_a_channel = -(-height // tile) * -(-width // tile) * (tile + 2) ** 2 if tile else 9 * height * width
+    return 2.0 * inputs * outputs * of_a_channel
+
+
+def torch_conv3x3_backward(gradient, y, x, weight, wants_input=True):
+    masked = torch.ops.aten.threshold_backward(gradient, y, 0)
+    wanted = (wants_input, True, True)
+    return torch.ops.aten.convolution_backward(
+        masked, x, weight, [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -71,9 +115,10 @@ def test_conv3x3(benchmark, layer, direction, engine):
     side, inputs, outputs = layer
     benchmark.group = f"conv3x3 {direction} {side}^2 {'+'.join(map(str, inputs))} -> {outputs}"
     weight, bias, torch_weight, torch_bias = weights("conv", outputs, inputs, 3)
-    x, torch_x = arrays((1, side, side, inputs[-1]))
-    skip, torch_skip = arrays((1, side + 8, side + 8, inputs[0])) if len(inputs) == 2 else (None, None)
+    x, torch_x = rectified((1, side, side, inputs[-1]))
+    skip, torch_skip = rectified((1, side + 8, side + 8, inputs[0])) if len(inputs) == 2 else (None, None)
     flops = 18.0 * sum(inputs) * outputs * (side - 2) ** 2
+    done = products(engine, sum(inputs), outputs, side - 2, side - 2)
 
     def joined():
         return torch_x if torch_skip is None else torch.cat([torch_skip[:, :, 4:-4, 4:-4], torch_x], 1)
@@ -85,37 +130,96 @@ def test_conv3x3(benchmark, layer, direction, engine):
         return BACKEND.conv3x3_forward(x, skip, weight.value, bias.value, outputs, True)
 
     if direction == "forward":
-        measure(benchmark, forward if engine == "fastunet" else torch_forward, flops)
+        measure(benchmark, forward if engine == "fastunet" else torch_forward, flops, done=done)
         return
     y, torch_y = forward(), torch_forward()
-    first_layer = inputs == (1,)  # an image wants no gradient
-    gradient, torch_gradient = arrays(y.shape)
+    gradient, torch_gradient = gradient_of(y)
 
     def backward():
-        BACKEND.conv3x3_backward(
-            gradient, x, skip, y, weight.value, weight.gradient, bias.gradient, not first_layer
-        )
+        BACKEND.conv3x3_backward(gradient, x, skip, y, weight.value, weight.gradient, bias.gradient, True)
 
     def torch_backward():
-        masked = torch_gradient * (torch_y > 0)
-        wanted = (not first_layer, True, True)
-        torch.ops.aten.convolution_backward(
-            masked, joined(), torch_weight, [outputs], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted
-        )
+        torch_conv3x3_backward(torch_gradient, torch_y, joined(), torch_weight)
 
-    measure(
-        benchmark, backward if engine == "fastunet" else torch_backward, flops * (1 if first_layer else 2)
-    )
+    done += products(engine, outputs, sum(inputs), side, side)
+    measure(benchmark, backward if engine == "fastunet" else torch_backward, 2 * flops, done=done)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("layer", [(28, 1024, 512), (100, 256, 128), (196, 128, 64)], ids=str)
+@pytest.mark.parametrize("outputs", [64, 16])
+def test_first_two_layers(benchmark, outputs, direction, engine):
+    """Together, for the first is computed where the second reads it."""
+    side = 572
+    benchmark.group = f"conv3x3, the first two, {direction} {side}^2 1 -> {outputs} -> {outputs}"
+    first, first_bias, torch_first, torch_first_bias = weights("conv", outputs, (1,), 3)
+    second, second_bias, torch_second, torch_second_bias = weights("conv", outputs, (outputs,), 3)
+    x, torch_x = arrays((1, side, side, 1))
+    of_first = 18.0 * outputs * (side - 2) ** 2
+    of_second = 18.0 * outputs**2 * (side - 4) ** 2
+    done = of_first + products(engine, outputs, outputs, side - 4, side - 4)
+
+    def forward():
+        between = BACKEND.conv3x3_forward(x, None, first.value, first_bias.value, outputs, True)
+        return between, BACKEND.conv3x3_forward(between, None, second.value, second_bias.value, outputs, True)
+
+    def torch_forward():
+        between = F.relu_(F.conv2d(torch_x, torch_first, torch_first_bias))
+        return between, F.relu_(F.conv2d(between, torch_second, torch_second_bias))
+
+    if direction == "forward":
+        measure(
+            benchmark, forward if engine == "fastunet" else torch_forward, of_first + of_second, done=done
+        )
+        return
+    between, y = forward()
+    torch_between, torch_y = torch_forward()
+    gradient, torch_gradient = gradient_of(y)
+
+    def backward():
+        inner, _ = BACKEND.conv3x3_backward(
+            gradient, between, None, y, second.value, second.gradient, second_bias.gradient, True
+        )
+        BACKEND.conv3x3_backward(
+            inner, x, None, between, first.value, first.gradient, first_bias.gradient, False
+        )
+
+    def torch_backward():
+        inner, *_ = torch_conv3x3_backward(torch_gradient, torch_y, torch_between, torch_second)
+        torch_conv3x3_backward(inner, torch_between, torch_x, torch_first, wants_input=False)
+
+    flops = of_first + 2 * of_second
+    done += products(engine, outputs, outputs, side - 2, side - 2)
+    measure(benchmark, backward if engine == "fastunet" else torch_backward, flops, done=done)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("layer", [(570, 64, 392), (282, 128, 200), (570, 16, 392)], ids=str)
+def test_conv3x3_maxpool2x2(benchmark, layer, engine):
+    side, channels, kept = layer
+    benchmark.group = f"conv3x3 and maxpool2x2 forward {side}^2 {channels} -> {channels}"
+    weight, bias, torch_weight, torch_bias = weights("conv", channels, (channels,), 3)
+    x, torch_x = rectified((1, side, side, channels))
+
+    def ours():
+        return BACKEND.conv3x3_maxpool2x2_forward(x, weight.value, bias.value, channels, (kept, kept), True)
+
+    def theirs():
+        return F.max_pool2d(F.relu_(F.conv2d(torch_x, torch_weight, torch_bias)), 2, return_indices=True)
+
+    flops = 18.0 * channels**2 * (side - 2) ** 2
+    done = products(engine, channels, channels, side - 2, side - 2)
+    measure(benchmark, ours if engine == "fastunet" else theirs, flops, done=done)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("layer", [(28, 1024, 512), (52, 512, 256), (100, 256, 128), (196, 128, 64)], ids=str)
 def test_upconv2x2(benchmark, layer, direction, engine):
     side, inputs, outputs = layer
     benchmark.group = f"upconv2x2 {direction} {side}^2 {inputs} -> {outputs}"
     weight, bias, torch_weight, torch_bias = weights("upconv", outputs, (inputs,), 2)
-    x, torch_x = arrays((1, side, side, inputs))
+    x, torch_x = rectified((1, side, side, inputs))
     gradient, torch_gradient = arrays((1, 2 * side, 2 * side, outputs))
     flops = 8.0 * inputs * outputs * side**2
     if direction == "forward" and engine == "fastunet":
@@ -142,7 +246,7 @@ def test_upconv2x2(benchmark, layer, direction, engine):
 def test_maxpool2x2(benchmark, direction, engine):
     side, channels = 568, 64
     benchmark.group = f"maxpool2x2 {direction} {side}^2 {channels}"
-    x, torch_x = arrays((1, side, side, channels))
+    x, torch_x = rectified((1, side, side, channels))
     gradient, torch_gradient = arrays((1, side // 2, side // 2, channels))
     moved = side * side * channels * 4 * (1 + 5 / 16)  # the pooled values and a byte each for the choice
     _, choice = BACKEND.maxpool2x2_forward(x)
@@ -165,15 +269,29 @@ def test_maxpool2x2(benchmark, direction, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_head(benchmark, engine):
-    benchmark.group = "conv1x1 forward 388^2 64 -> 2"
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_head(benchmark, direction, engine):
+    benchmark.group = f"conv1x1 {direction} 388^2 64 -> 2"
     weight, bias, torch_weight, torch_bias = weights("conv", 2, (64,), 1)
-    x, torch_x = arrays((1, 388, 388, 64))
+    x, torch_x = rectified((1, 388, 388, 64))
+    gradient, torch_gradient = arrays((1, 388, 388, 2))
     flops = 2.0 * 64 * 2 * 388**2
-    if engine == "fastunet":
-        measure(benchmark, lambda: BACKEND.conv1x1_forward(x, weight.value, bias.value, 2), flops)
+    if direction == "forward":
+        ours, theirs = (
+            lambda: BACKEND.conv1x1_forward(x, weight.value, bias.value, 2),
+            lambda: F.conv2d(torch_x, torch_weight, torch_bias),
+        )
     else:
-        measure(benchmark, lambda: F.conv2d(torch_x, torch_weight, torch_bias), flops)
+        flops *= 2
+
+        def ours():
+            BACKEND.conv1x1_backward(gradient, x, weight.value, weight.gradient, bias.gradient, True)
+
+        def theirs():
+            arguments = ([2], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, (True, True, True))
+            torch.ops.aten.convolution_backward(torch_gradient, torch_x, torch_weight, *arguments)
+
+    measure(benchmark, ours if engine == "fastunet" else theirs, flops)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -84,19 +84,17 @@ std::string Array::describe() const {
          std::to_string(view.channels) + ")";
 }
 
-Array Array::centre(int rows, int columns) const {
+View Array::centre(int rows, int columns) const {
   if (rows > view.height || columns > view.width)
     throw std::invalid_argument("of an array of shape " + describe() + " only the centre of " +
                                 std::to_string(view.height) + " x " + std::to_string(view.width) +
                                 " pixels was kept, and " + std::to_string(rows) + " x " + std::to_string(columns) +
                                 " were asked for");
-  Array crop = *this;
-  crop.pending = nullptr;
-  crop.view = whole_or_kept();
-  crop.view.data = crop.view.at(0, 0, (view.height - rows) / 2, (view.width - columns) / 2);
-  crop.view.height = crop.height = rows;
-  crop.view.width = crop.width = columns;
-  if (rows != view.height || columns != view.width) crop.border = 0;
+  View crop = whole_or_kept();  // which begins where a centre of its size does
+  crop.data =
+      crop.at(0, 0, (height - rows) / 2 - (height - view.height) / 2, (width - columns) / 2 - (width - view.width) / 2);
+  crop.height = rows;
+  crop.width = columns;
   return crop;
 }
 

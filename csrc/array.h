@@ -44,8 +44,8 @@ struct Array {
 
   std::string describe() const;  // its shape
 
-  Array centre(int rows, int columns) const;
-  const View& whole() const;  // all of it, or it throws
+  View centre(int rows, int columns) const;  // or it throws, where less was kept
+  const View& whole() const;                 // all of it, or it throws
   // Works out what is pending, for which it takes a turn on the engine.
   const View& whole_or_kept() const;
 };

@@ -59,7 +59,7 @@ Channels concatenation(const Array& x, const std::optional<Array>& skip, bool ma
   expect(skip->view.images == x.view.images && skip->height >= x.height && skip->width >= x.width,
          "the skip connection has shape " + skip->describe() + ", too small to be cropped to " + x.describe());
   input.count = 2;
-  input.part[0] = skip->centre(x.view.height, x.view.width).view;
+  input.part[0] = skip->centre(x.view.height, x.view.width);
   input.part[1] = x.whole();
   return input;
 }
@@ -286,7 +286,7 @@ Array composed_forward(const Array& x, const Array& skip, const Composed& compos
          given + "layers composed for other channels");
   Array output(v.images, height - 2, width - 2, outputs);
   output.rectified = true;
-  const View centre = skip.centre(height, width).view;
+  const View centre = skip.centre(height, width);
   run([&] {
     kernels().composed_forward(v, centre, composed.phases.data, composed.skip_weight.data, composed.bias.data,
                                output.view);
@@ -334,7 +334,7 @@ void add_centre(Array& target, const Array& source) {
              s.width <= target.view.width,
          "an array of shape " + source.describe() + " cannot be added to one of " + target.describe());
   target.masked = target.masked && source.masked;
-  const View centre = target.centre(s.height, s.width).view;
+  const View centre = target.centre(s.height, s.width);
   run([&] { kernels().add(s, centre); });
 }
 

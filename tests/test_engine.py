@@ -200,3 +200,37 @@ def test_memory_where_addresses_are_limited():
     ]
     assert [done.returncode for done in found] == [0, 0], found[1].stderr
     assert found[0].stdout == found[1].stdout != ""
+
+
+def test_freed_memory_is_handed_out_again(rng):
+    """All of it, whatever was asked for before: what a process may write to grows by the most in use at once."""
+    program = (
+        "import os, random, re, sys, _fastunet\n"
+        "def mib(): return int(re.search(r'VmData:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024\n"
+        "def block(mib, rows=64): return _fastunet.Array(1, rows, round(mib * 2**14 / rows), 16)\n"
+        "random.seed(int(sys.argv[1])); small = [block(0.1)]; before = mib()\n"
+        "def check(most): assert mib() - before < most + 6, (mib() - before, most)\n"
+        "small += [block(0.1) for _ in range(40)]; check(4); del small\n"
+        "for size in (32, 40, 48): block(size); check(size)\n"
+        "for number in (2, 5, 16, 3, 48, 1, 7):\n"
+        "    blocks = [block(48 / number) for _ in range(number)]; random.shuffle(blocks)\n"
+        "    while blocks: blocks.pop(); blocks and random.random() < 0.5 and blocks.append(block(0.3))\n"
+        "    check(60)\n"
+        "try: block(5 * os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**20, rows=65536)\n"
+        "except MemoryError: block(48); check(60); print('all')\n"
+    )
+    seed = str(int(rng.integers(2**31)))
+    done = subprocess.run([sys.executable, "-c", program, seed], capture_output=True, text=True)
+    assert done.stdout.strip() == "all", done.stderr
+
+
+def test_blocks_do_not_overlap(rng):
+    backend, held = backends.load("cpu"), []
+    for number in range(300):
+        if held and rng.random() < 0.45:
+            value, array = held.pop(int(rng.integers(len(held))))
+            assert (backend.numpy(array) == value).all()
+        else:
+            shape = (1, int(rng.integers(16, 200)), 64, 16)
+            held.append((number, backend.array(np.full(shape, number, np.float32))))
+    assert all((backend.numpy(array) == value).all() for value, array in held)

@@ -110,6 +110,7 @@ CONVOLUTIONS = [
     (1, 3, 40, 2, 0, 16, True),
     (1, 7, 9, 1, 0, 16, True),
     (2, 20, 33, 3, 0, 24, True),
+    (1, 9, 17, 2, 0, 48, True),
     (1, 31, 12, 4, 4, 7, True),
     (1, 40, 37, 16, 0, 64, True),
     (3, 11, 13, 16, 16, 16, False),
@@ -117,6 +118,7 @@ CONVOLUTIONS = [
     (1, 66, 66, 64, 64, 32, True),
     (1, 14, 15, 512, 0, 512, False),
     (1, 8, 8, 16, 1008, 33, True),
+    (1, 242, 250, 16, 0, 16, True),  # tiles enough for sums in slots
 ]
 
 
@@ -355,27 +357,27 @@ def test_conv3x3_maxpool2x2_is_the_two_one_after_the_other(backend, rng, size):
         assert_close(found, expected, f"value {number}", activation_bits(backend))
 
 
-@pytest.mark.parametrize("size", [(1, 10, 12, 5, 5), (2, 15, 18, 20, 17), (1, 29, 22, 16, 48)], ids=str)
+@pytest.mark.parametrize("size", [(1, 10, 13, 5, 5), (2, 15, 18, 20, 17), (1, 29, 22, 16, 48)], ids=str)
 @pytest.mark.parametrize("read", ["pooled", "centre", "both", "centre twice and pooled"])
 @pytest.mark.usefixtures("algorithm")
 def test_conv3x3_maxpool2x2_of_which_only_the_centre_is_kept(backend, rng, size, read):
     """Whichever of its results are read; ReLU and pooling choose as they did here, for rounding may turn a choice."""
     images, height, width, channels, outputs = size
     values = rng.standard_normal((images, height, width, channels)).astype(np.float32)
-    kept = tuple(2 * ((side - 2) // 2 - 2) for side in (height, width))
+    centre = tuple(2 * ((side - 2) // 2 - 2) for side in (height, width))  # what comes up again
     first = parameters(backend, rng, "conv", outputs, (channels,), 3)
     below = parameters(backend, rng, "conv", outputs, (outputs,), 3)
     up = parameters(backend, rng, "upconv", 4, (outputs,), 2)
     last = parameters(backend, rng, "conv", 5, (outputs, 4), 3)
     learned = (*first, *below, *up, *last)
-    beside_values = rng.standard_normal((images, *kept, 4)).astype(np.float32)
-    skip_values = rng.standard_normal((images, *kept, outputs)).astype(np.float32)
+    beside_values = rng.standard_normal((images, *centre, 4)).astype(np.float32)
+    skip_values = rng.standard_normal((images, *centre, outputs)).astype(np.float32)
 
     x = Tensor.from_numpy(values, backend, requires_gradient=True)
     with no_grad():
         whole = ops.conv3x3(x, *first, relu=True).numpy()
     poison(backend, whole.shape)
-    y, pooled = ops.conv3x3_maxpool2x2(x, *first, kept)
+    y, pooled = ops.conv3x3_maxpool2x2(x, *first, (centre[0] + 1, centre[1] + 2))
     assert y.shape == whole.shape
     beside = beside_alone = Tensor.from_numpy(beside_values, backend)
     if "pooled" in read or read == "both":
@@ -398,8 +400,8 @@ def test_conv3x3_maxpool2x2_of_which_only_the_centre_is_kept(backend, rng, size,
     if "pooled" in read or read == "both":
         convolved = F.conv2d(torch_pooled, *torch_learned[2:4])
         torch_beside = F.conv_transpose2d(convolved, *torch_learned[4:6], stride=2)
-    top, left = ((side - centre) // 2 for side, centre in zip(whole.shape[1:3], kept, strict=True))
-    skip = torch_y[:, :, top : top + kept[0], left : left + kept[1]]
+    top, left = ((side - read) // 2 for side, read in zip(whole.shape[1:3], centre, strict=True))
+    skip = torch_y[:, :, top : top + centre[0], left : left + centre[1]]
     skip = to_torch(skip_values) if read == "pooled" else skip
     expected = F.conv2d(torch.cat([skip, torch_beside], 1), *torch_learned[6:])
     if "twice" in read:
@@ -414,6 +416,82 @@ def test_conv3x3_maxpool2x2_of_which_only_the_centre_is_kept(backend, rng, size,
     for number, (parameter, reference) in enumerate(zip(learned, torch_learned, strict=True)):
         wanted = np.zeros(reference.shape) if reference.grad is None else reference.grad.numpy()
         check(parameter.numpy(parameter.gradient), wanted, f"gradient of parameter {number}")
+
+
+READERS = ("conv", "beside a skip", "skip", "upconv", "conv1x1", "pooling", "dropout", "loss")
+
+
+@pytest.mark.parametrize("channels", [3, 20])
+@pytest.mark.parametrize(
+    ("readers", "relu"),
+    [
+        *(((reader,), relu) for reader in READERS for relu in (True, False)),
+        *((pair, True) for pair in itertools.combinations(READERS, 2)),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("algorithm")
+def test_gradient_of_what_others_read(backend, rng, readers, channels, relu):
+    """Some give the gradient of a ReLU's output masked by it, others do not; few channels are computed when read."""
+    height, width, outputs = 15, 14, 40
+    values = rng.standard_normal((2, height, width, channels)).astype(np.float32)
+    first = parameters(backend, rng, "conv", outputs, (channels,), 3)
+    alone = parameters(backend, rng, "conv", 4, (outputs,), 3)
+    beside = parameters(backend, rng, "conv", 4, (5, outputs), 3)
+    as_skip = parameters(backend, rng, "conv", 4, (outputs, 5), 3)
+    up = parameters(backend, rng, "upconv", 3, (outputs,), 2)
+    head = parameters(backend, rng, "conv", 3, (outputs,), 1)
+    skip_values = rng.standard_normal((2, height, width, 5)).astype(np.float32)
+    x_values = rng.standard_normal((2, height - 6, width - 7, 5)).astype(np.float32)
+
+    with no_grad():  # ReLU, pooling and dropout choose as they do here
+        whole = ops.conv3x3(Tensor.from_numpy(values, backend), *first, relu=relu).numpy()
+        kept = ops.dropout(Tensor.from_numpy(np.ones_like(whole), backend), 0.5, 1, 2).numpy()
+    x = Tensor.from_numpy(values, backend, requires_gradient=True)
+    y = ops.conv3x3(x, *first, relu=relu)
+    read = {
+        "conv": lambda: ops.conv3x3(y, *alone),
+        "beside a skip": lambda: ops.conv3x3(y, *beside, skip=Tensor.from_numpy(skip_values, backend)),
+        "skip": lambda: ops.conv3x3(Tensor.from_numpy(x_values, backend), *as_skip, skip=y),
+        "upconv": lambda: ops.upconv2x2(y, *up),
+        "conv1x1": lambda: ops.conv1x1(y, *head),
+        "pooling": lambda: ops.maxpool2x2(y),
+        "dropout": lambda: ops.dropout(y, 0.5, 1, 2),
+        "loss": lambda: y,
+    }
+    torch_x, torch_first = to_torch(values), [weight_to_torch(parameter) for parameter in first]
+    torch_y = F.conv2d(torch_x, *torch_first)
+    if relu:
+        torch_y = torch_y * (to_torch(whole).detach() > 0)
+    winners = F.max_pool2d(to_torch(whole).detach(), 2, return_indices=True)[1]
+    skip, centre = to_torch(skip_values)[:, :, 1:-1, 1:-1], torch_y[:, :, 2:-2, 2:-3]
+    torch_alone, torch_beside, torch_as_skip, torch_up, torch_head = (
+        [weight_to_torch(parameter) for parameter in layer] for layer in (alone, beside, as_skip, up, head)
+    )
+    torch_read = {
+        "conv": lambda: F.conv2d(torch_y, *torch_alone),
+        "beside a skip": lambda: F.conv2d(torch.cat([skip, torch_y], 1), *torch_beside),
+        "skip": lambda: F.conv2d(torch.cat([centre, to_torch(x_values)], 1), *torch_as_skip),
+        "upconv": lambda: F.conv_transpose2d(torch_y, *torch_up, stride=2),
+        "conv1x1": lambda: F.conv2d(torch_y, *torch_head),
+        "pooling": lambda: torch_y.flatten(2).gather(2, winners.flatten(2)).view(winners.shape),
+        "dropout": lambda: torch_y * to_torch(kept).detach(),
+        "loss": lambda: torch_y,
+    }
+    losses, torch_losses = [], []
+    for reader in readers:
+        found = read[reader]()
+        labels = rng.integers(0, found.shape[3], found.shape[:3])
+        losses.append(ops.softmax_cross_entropy(found, labels, np.ones(labels.shape)))
+        torch_losses.append(F.cross_entropy(torch_read[reader](), torch.tensor(labels)))
+    for parameter in first:
+        parameter.assign(np.zeros(parameter.shape), parameter.gradient)
+    functools.reduce(ops.add, losses).backward()
+    sum(torch_losses).backward()
+    assert_close(x.gradient, to_numpy(torch_x.grad), "data gradient", roundings=4)
+    for parameter, reference in zip(first, torch_first, strict=True):
+        found = parameter.numpy(parameter.gradient)
+        assert_close(found, reference.grad.numpy(), "gradient of a parameter", roundings=4)
 
 
 @pytest.mark.usefixtures("algorithm")

@@ -154,7 +154,7 @@ void correlate(const Correlation& c) {
       for (int index = run_begin(all_bands, slot, slots); index < run_begin(all_bands, slot + 1, slots); ++index) {
         Band b = band_of(index);
         if (few) {
-          for (b.output = 0; b.output < outputs; b.output += kTapVectors * kLanes)
+          for (b.output = 0; b.output < outputs; b.output += smaller(group, kTapVectors * kLanes))
             for (b.channel = 0; b.channel < c.input.part[0].channels; ++b.channel)
               group < kTapVectors* kLanes
                   ? correlate_channel<1>(c, c.input.part[0], b, corner(sums, 0, b.output) + b.channel * group, group)
