@@ -105,8 +105,13 @@ PYBIND11_MODULE(_fastunet, module) {
              "weight_gradient"_a, "bias_gradient"_a, "wants_input"_a);
   py::class_<Composed, std::shared_ptr<Composed>>(module, "Composed",
                                                   "An up-convolution and the convolution behind it as one linear map.");
-  module.def("composing_pays", &composing_pays, "algorithm"_a, "inputs"_a, "middle"_a, "skip"_a, "outputs"_a,
-             "height"_a, "width"_a);
+  module.def("composing_pays", &composing_pays, "algorithm"_a, "inputs"_a, "middle"_a, "skip"_a, "outputs"_a);
+  module.def(
+      "composed_floats",
+      [](int inputs, int middle, int skip, int outputs) {
+        return Composition{padded(inputs), padded(middle), padded(skip), padded(outputs)}.floats();
+      },
+      "inputs"_a, "middle"_a, "skip"_a, "outputs"_a);
   module.def("compose", &compose, Unlocked(), "up_weight"_a, "up_bias"_a, "weight"_a, "bias"_a, "inputs"_a, "middle"_a,
              "skip"_a, "outputs"_a);
   module.def("composed_forward", &composed_forward, Unlocked(), "x"_a, "skip"_a, "composed"_a, "outputs"_a);

@@ -66,9 +66,9 @@ struct Composed {
   explicit Composed(const Composition& sizes);
 };
 
-// Whether it pays for an input of height x width: fewer multiplications, and not so many outputs that to compose them
-// would cost more than some tiles gain. Only where the algorithm is auto.
-bool composing_pays(const std::string& algorithm, int inputs, int middle, int skip, int outputs, int height, int width);
+// Whether it pays: with enough channels for Winograd, and not so many outputs that to compose them would cost more than
+// some tiles gain. Only where the algorithm is auto.
+bool composing_pays(const std::string& algorithm, int inputs, int middle, int skip, int outputs);
 std::shared_ptr<Composed> compose(Floats up_weight, Floats up_bias, Floats weight, Floats bias, int inputs, int middle,
                                   int skip, int outputs);
 // conv3x3_forward, with ReLU, of [the skip's centre, upconv2x2_forward of x].

@@ -104,7 +104,7 @@ def _describe_kernels(model: str | None, tile: int) -> None:
         "3x3 convolutions: the fewest multiplications of direct, Winograd F(2x2, 3x3) and F(4x4, 3x3); direct where\n"
         "fewer than 16 channels go in or come out. The first layer of an image of up to 4 channels is computed\n"
         "wherever it is read. Where no gradient is wanted, layers marked + are one linear map with the + behind them,\n"
-        "F(5x5, 2x2) and F(4x4, 3x3), if that takes fewer multiplications and is not of more than 256 outputs.\n"
+        "F(5x5, 2x2) and F(4x4, 3x3): where there are 16 to 256 outputs.\n"
         "FASTUNET_CONV=direct, winograd2, winograd4 or winograd6 overrides all of it.\n"
     )
     print(
@@ -138,7 +138,7 @@ def _describe_kernels(model: str | None, tile: int) -> None:
         side, inputs = (side - 4) // 2 if level < depth else side - 4, width
     for step in range(depth):
         width = base * 2 ** (depth - 1 - step)
-        composed = backend.composition.pays((1, side, side, 2 * width), (2 * width,), (width, width), width)
+        composed = backend.composition.pays((2 * width,), (width, width), width)
         mark = " +" if composed else ""
         side *= 2
         direct(f"decoder.{step}.upconv", side, 2 * width, width, mark)

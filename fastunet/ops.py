@@ -126,7 +126,7 @@ def upconv2x2_conv3x3(
     _check_channels("conv3x3", weight, (skip.shape[3], up_weight.outputs))
     composition = x.backend.composition
     channels = up_weight.inputs, weight.inputs, weight.outputs
-    if recording() or composition is None or not composition.pays(x.shape, *channels):
+    if recording() or composition is None or not composition.pays(*channels):
         return conv3x3(upconv2x2(x, up_weight, up_bias), weight, bias, relu=True, skip=skip)
     composed = weight.owner.derived(
         (up_weight, up_bias, weight, bias),

@@ -33,6 +33,9 @@ class Network(Protocol):
     base_channels: int
     depth: int
 
+    def composed_size(self, level: int) -> int:
+        """Numbers of the linear map that the way up to a level goes by where nothing is recorded; 0 for two layers."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -214,7 +217,8 @@ def activation_bytes(
 
     The walk of the forward pass: a layer holds its input and its output; a level's second convolution goes into its
     pooled map and the centre that the way up reads, which is kept until then. The first layer of an image is computed
-    as it is read, from the image as it came. Channels are counted in blocks of 16.
+    as it is read, from the image as it came. Composed layers (`fastunet.ops.upconv2x2_conv3x3`) hold weights of their
+    own and nothing between the two. Channels are counted in blocks of 16.
     The worst moment is one of the finest level's, on the way down or, with the skip, on the way up.
     """
     height, width = np.asarray(height, np.int64), np.asarray(width, np.int64)
@@ -244,12 +248,14 @@ def activation_bytes(
         below = _bytes(height, width, 2 * channels)
         height, width = 2 * height, 2 * width
         up, first, second = (_bytes(height - lost, width - lost, channels) for lost in (0, 2, 4))
-        worst = np.maximum(worst, kept + np.maximum(below + up, up + first))
+        apart = not network.composed_size(level)
+        worst = np.maximum(worst, kept + (np.maximum(below + up, up + first) if apart else below + first))
         kept = kept - skips[level]
         worst = np.maximum(worst, kept + first + second)
         height, width = height - 4, width - 4
     logits = _bytes(height, width, network.num_classes)
-    return np.maximum(worst, second + 2 * logits)
+    composed = 4 * sum(map(network.composed_size, range(network.depth)))
+    return np.maximum(worst, second + 2 * logits) + composed
 
 
 def forward_flops(height: int, width: int, network: Network) -> int:

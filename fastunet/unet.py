@@ -192,6 +192,13 @@ class UNet:
             x = ops.conv3x3(x, *self._layer(f"decoder.{step}.conv2"), relu=True)
         return x
 
+    def composed_size(self, level: int) -> int:
+        """As `fastunet.tiling.Network`: numbers of the layers composed on the way up to a level."""
+        channels = self.base_channels * 2**level
+        sizes = (2 * channels,), (channels, channels), channels
+        composition = self.backend.composition
+        return composition.size(*sizes) if composition is not None and composition.pays(*sizes) else 0
+
     def train(self) -> "UNet":
         """Switch dropout on."""
         self.training = True

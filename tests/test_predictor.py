@@ -120,7 +120,8 @@ def test_activations_are_what_the_engine_holds_at_its_worst_moment(shape):
     engine.reset_peak()
     before = engine.allocated_bytes()
     with no_grad():
-        ops.softmax(model(pixels))
+        for _ in range(2):  # the first composes layers
+            ops.softmax(model(pixels))
     peak = engine.peak_allocated_bytes() - before
     # Blocks are rounded up to 64 or 4096 bytes.
     assert peak == pytest.approx(activation_bytes(height, width, model), rel=0.02)

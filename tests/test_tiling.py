@@ -11,9 +11,13 @@ from fastunet.geometry import border, input_size, is_valid_input
 from fastunet.tiling import activation_bytes, check_tile, forward_flops, plan_tiles, prediction_bytes
 
 
-def network(base_channels=64, depth=4, in_channels=1, num_classes=2):
+def network(base_channels=64, depth=4, in_channels=1, num_classes=2, composed_size=lambda level: 0):
     return SimpleNamespace(
-        in_channels=in_channels, num_classes=num_classes, base_channels=base_channels, depth=depth
+        in_channels=in_channels,
+        num_classes=num_classes,
+        base_channels=base_channels,
+        depth=depth,
+        composed_size=composed_size,
     )
 
 
@@ -142,3 +146,7 @@ def test_memory_of_a_network_written_out():
     # The first layer of an image of few channels is never there.
     expected = max(block * (8**2 + 8**2), bottom, up)
     assert activation_bytes(20, 20, network(in_channels=4, base_channels=16, depth=1)) == expected
+    # Composed, the way up holds the skip, the bottom and the convolution's result, and weights of its own.
+    expected = max(block * (8**2 + 8**2), bottom, block * (8**2 + 2 * 4**2 + 6**2)) + 4 * 1000
+    composed = network(in_channels=4, base_channels=16, depth=1, composed_size=lambda level: 1000)
+    assert activation_bytes(20, 20, composed) == expected

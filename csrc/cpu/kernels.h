@@ -73,6 +73,7 @@ struct Composition {
 
   ptrdiff_t phase_floats() const { return ptrdiff_t{4} * inputs * 4 * outputs; }
   ptrdiff_t skip_floats() const { return ptrdiff_t{9} * skip * outputs; }
+  ptrdiff_t floats() const { return phase_floats() + skip_floats() + outputs; }
 };
 
 // Which of four pixels the maximum is, a byte for each element of the pooled view in its own order; kNoChoice where no

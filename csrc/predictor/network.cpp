@@ -8,8 +8,6 @@
 namespace fastunet {
 namespace {
 
-constexpr const char* kAlgorithm = "auto";
-
 // A layer as the file has it.
 struct Shape {
   std::string name;
@@ -111,7 +109,7 @@ Array Network::logits(Array x) const {
   const int width = x.width - 2 * static_cast<int>(border(depth_));
   auto layer = layers_.begin();
   const auto convolve = [&](const std::optional<Array>& skip) {
-    x = conv3x3_forward(x, skip, layer->weight, layer->bias, layer->outputs, true, kAlgorithm);
+    x = conv3x3_forward(x, skip, layer->weight, layer->bias, layer->outputs, true, kConvolution);
     ++layer;
   };
   std::vector<Array> skips;
@@ -119,7 +117,7 @@ Array Network::logits(Array x) const {
     convolve({});
     auto [skip, pooled, choice] = conv3x3_maxpool2x2_forward(
         x, layer->weight, layer->bias, layer->outputs, static_cast<int>(skip_size(height, level)),
-        static_cast<int>(skip_size(width, level)), false, kAlgorithm);
+        static_cast<int>(skip_size(width, level)), false, kConvolution);
     ++layer;
     x = std::move(pooled);
     skips.push_back(std::move(skip));
@@ -130,7 +128,7 @@ Array Network::logits(Array x) const {
     std::optional<Array> skip = std::move(skips.back());
     skips.pop_back();
     const int channels = layer->outputs;
-    if (composing_pays(kAlgorithm, x.view.channels, channels, channels, channels, x.height, x.width)) {
+    if (composing_pays(kConvolution, x.view.channels, channels, channels, channels)) {
       x = composed_forward(x, *skip, composed(layer - layers_.begin()), channels);
       layer += 2;
     } else {

@@ -11,6 +11,8 @@
 
 namespace fastunet {
 
+constexpr const char* kConvolution = "auto";  // the algorithm
+
 class Network {
  public:
   explicit Network(const ModelFile& file);

@@ -5,8 +5,9 @@
 #include <limits>
 #include <tuple>
 
-#include "../array.h"
+#include "../operations.h"
 #include "geometry.h"
+#include "network.h"
 
 namespace fastunet {
 namespace {
@@ -35,7 +36,8 @@ std::vector<Candidate> candidates(ptrdiff_t size, int depth, ptrdiff_t largest) 
 }
 
 // Numbers that are alive at the worst moment of a forward pass: the walk of the forward pass, where a layer holds its
-// input and its output, and skips are kept for the way up. The first layer of an image is computed as it is read.
+// input and its output, and skips are kept for the way up. The first layer of an image is computed as it is read;
+// composed layers hold weights of their own and nothing between the two.
 double activations(ptrdiff_t tile_height, ptrdiff_t tile_width, const Model& network) {
   double height = static_cast<double>(tile_height), width = static_cast<double>(tile_width);
   const auto numbers = [](double height, double width, int channels) { return height * width * padded(channels); };
@@ -66,7 +68,7 @@ double activations(ptrdiff_t tile_height, ptrdiff_t tile_width, const Model& net
       worst = std::max(worst, kept + first + numbers(height, width, channels));
     }
   }
-  double second = 0;
+  double second = 0, composed = 0;
   for (int level = network.depth - 1; level >= 0; --level) {
     const int channels = network.base_channels << level;
     const double below = numbers(height, width, 2 * channels);
@@ -74,13 +76,19 @@ double activations(ptrdiff_t tile_height, ptrdiff_t tile_width, const Model& net
     width *= 2;
     const double up = numbers(height, width, channels), first = numbers(height - 2, width - 2, channels);
     second = numbers(height - 4, width - 4, channels);
-    worst = std::max(worst, kept + std::max(below + up, up + first));
+    if (composing_pays(kConvolution, 2 * channels, channels, channels, channels)) {
+      composed += static_cast<double>(
+          Composition{padded(2 * channels), padded(channels), padded(channels), padded(channels)}.floats());
+      worst = std::max(worst, kept + below + first);
+    } else {
+      worst = std::max(worst, kept + std::max(below + up, up + first));
+    }
     kept -= skips[static_cast<size_t>(level)];
     worst = std::max(worst, kept + first + second);
     height -= 4;
     width -= 4;
   }
-  return std::max(worst, second + 2 * numbers(height, width, network.num_classes));
+  return std::max(worst, second + 2 * numbers(height, width, network.num_classes)) + composed;
 }
 
 std::string megabytes(double bytes) { return std::to_string(static_cast<long long>(bytes / (1 << 20))) + " MiB"; }

@@ -66,10 +66,11 @@ class Predictions(Protocol):
 class Composition(Protocol):
     """An up-convolution and the 3x3 convolution with ReLU of [a skip's centre, its result] as one linear map."""
 
-    def pays(
-        self, shape: tuple[int, ...], up_inputs: Sequence[int], inputs: Sequence[int], outputs: int
-    ) -> bool:
-        """Whether it is less work for an input of this shape; the channels that the two weights read."""
+    def pays(self, up_inputs: Sequence[int], inputs: Sequence[int], outputs: int) -> bool:
+        """Whether it is less work; the channels that the two weights read, and those of the result."""
+
+    def size(self, up_inputs: Sequence[int], inputs: Sequence[int], outputs: int) -> int:
+        """Numbers of the map."""
 
     def compose(
         self,

@@ -38,11 +38,13 @@ class CpuComposition:
     def __init__(self, algorithm: str) -> None:
         self.algorithm = algorithm
 
-    def pays(
-        self, shape: tuple[int, ...], up_inputs: Sequence[int], inputs: Sequence[int], outputs: int
-    ) -> bool:
+    def pays(self, up_inputs: Sequence[int], inputs: Sequence[int], outputs: int) -> bool:
         skip, middle = inputs
-        return engine.composing_pays(self.algorithm, *up_inputs, middle, skip, outputs, *shape[1:3])
+        return engine.composing_pays(self.algorithm, *up_inputs, middle, skip, outputs)
+
+    def size(self, up_inputs: Sequence[int], inputs: Sequence[int], outputs: int) -> int:
+        skip, middle = inputs
+        return engine.composed_floats(*up_inputs, middle, skip, outputs)
 
     def compose(
         self,
