@@ -418,7 +418,7 @@ def test_conv3x3_maxpool2x2_of_which_only_the_centre_is_kept(backend, rng, size,
         check(parameter.numpy(parameter.gradient), wanted, f"gradient of parameter {number}")
 
 
-READERS = ("conv", "beside a skip", "skip", "upconv", "conv1x1", "pooling", "dropout", "loss")
+READERS = ("loss", "dropout", "conv", "beside a skip", "skip", "upconv", "conv1x1", "pooling")
 
 
 @pytest.mark.parametrize("channels", [3, 20])
