@@ -349,7 +349,7 @@ Array maxpool2x2_backward(const Array& gradient, const Choice& choice, int heigh
   expect(g.height == height / 2 && g.width == width / 2 && same_shape(g, choice.pooled.view),
          "maxpool2x2's gradient has shape " + gradient.describe() + ", which does not fit its input");
   Array input_gradient(g.images, height, width, g.channels, choice.rectified ? kGradientBorder : 0);
-  input_gradient.masked = choice.rectified && (!present || present->masked);
+  input_gradient.masked = choice.rectified;
   run([&] { kernels().maxpool2x2_backward(g, choice.data(), input_gradient.view); });
   if (present) add_centre(input_gradient, *present);
   return input_gradient;

@@ -190,7 +190,7 @@ void winograd_private(const WinogradForward<T, K, WRITER>& conv) {
     transform_weights<W>(conv.group_weight(index, block), 1, group,
                          u + index * group_floats + static_cast<ptrdiff_t>(block) * kBlock * group, u_stride);
   });
-  const size_t tile_bytes = W::kFrequencies * (conv.inputs() + group) * sizeof(float);
+  const size_t tile_bytes = sizeof(float) * W::kFrequencies * (conv.inputs() + group);
   const int panels = larger(1, smaller(kPrivatePanels, static_cast<int>(kPrivateTilesLimit / tile_bytes / panel)));
   const Destination& to = conv.writer.to;
   const Tiling tiling(T, to.values.part[0].images, to.height, to.width, panels * panel, panel);
@@ -225,7 +225,7 @@ template <int T, int K, class WRITER>
 void winograd_shared(const WinogradForward<T, K, WRITER>& conv) {
   using W = Winograd<T, K>;
   const int in_blocks = conv.in_blocks, group = conv.group, groups = conv.groups(), panel = conv.panel();
-  const size_t tile_bytes = W::kFrequencies * conv.inputs() * sizeof(float);
+  const size_t tile_bytes = sizeof(float) * W::kFrequencies * conv.inputs();
   const Destination& to = conv.writer.to;
   const size_t half_slab = kSlabLimit / 2 / (W::kFrequencies * group * sizeof(float));  // tiles
   const int most =
@@ -268,7 +268,7 @@ void winograd_shared(const WinogradForward<T, K, WRITER>& conv) {
 template <int T, int K = 3, class WRITER = TileWriter<T>>
 void winograd_forward(const Channels& input, const float* weight, const Destination& to) {
   const WinogradForward<T, K, WRITER> conv(input, weight, to);
-  const size_t weights = Winograd<T, K>::kFrequencies * conv.inputs() * conv.outputs * sizeof(float);
+  const size_t weights = sizeof(float) * Winograd<T, K>::kFrequencies * conv.inputs() * conv.outputs;
   if (weights <= shared_weights_limit()) {
     winograd_private(conv);
   } else {
