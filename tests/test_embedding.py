@@ -10,6 +10,7 @@ from pathlib import Path
 import _fastunet as engine
 import numpy as np
 import pytest
+from cmake_build import build, run
 from safetensors.numpy import load_file, save_file
 from test_predictor import network
 
@@ -453,33 +454,11 @@ def test_the_folder_of_the_cmake_package_is_printed(capsys, monkeypatch, tmp_pat
         cmake_folder()
 
 
-def run(*arguments, **options):
-    done = subprocess.run(arguments, capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """`built(sources, targets)`: a folder with the programs that CMake makes of sources outside the tree."""
-    cmake, ninja = pytest.importorskip("cmake"), pytest.importorskip("ninja")
-
-    def build(sources, *options):
-        folder = tmp_path_factory.mktemp("build")
-        generator = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}")
-        program = Path(cmake.CMAKE_BIN_DIR) / "cmake"
-        run(program, "-S", sources, "-B", folder, *generator, *options)
-        run(program, "--build", folder)
-        return folder
-
-    return build
-
-
-def test_the_example_outside_the_tree_does_what_python_does(rng, saved, built, tmp_path):
+def test_the_example_outside_the_tree_does_what_python_does(rng, saved, tmp_path):
     for name in ("embed.cpp", "CMakeLists.txt"):
         (tmp_path / name).write_bytes((ROOT / "csrc" / "examples" / "embed" / name).read_bytes())
     folder = run(sys.executable, "-m", "fastunet.cmakedir", cwd=ROOT).stdout.strip()
-    program = built(tmp_path, f"-Dfastunet_DIR={folder}") / "embed"
+    program = build(tmp_path, tmp_path / "build", f"-Dfastunet_DIR={folder}") / "embed"
     model, path = saved(depth=2, classes=3)
     for dtype, most in ((np.dtype("u1"), 255), (np.dtype(">u2"), 65535)):
         image = rng.integers(0, most, (61, 38), endpoint=True).astype(dtype)
