@@ -95,8 +95,8 @@ struct Image {
   template <class T>
   Image(const T* data, std::ptrdiff_t height, std::ptrdiff_t width, std::ptrdiff_t channels, std::ptrdiff_t row_stride,
         std::ptrdiff_t pixel_stride, std::ptrdiff_t channel_stride)
-      : Image(type_of(data),
-              Pixels<const T>(data, height, width, channels, row_stride, pixel_stride, channel_stride)) {}
+      : Image(type_of(data), Pixels<const T>(data, height, width, channels, row_stride, pixel_stride, channel_stride)) {
+  }
 
   template <class T>
   Image(PixelType type, const Pixels<T>& p)
