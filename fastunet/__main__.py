@@ -11,6 +11,7 @@ COMMANDS = {
     "weightmap": "write the loss's weight map as an image",
     "verify": "read a data folder and report what is wrong with it",
     "info": "sizes, parameters, memory and time of a network",
+    "cmakedir": "print where CMake finds the C++ library",
 }
 
 

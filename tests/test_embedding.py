@@ -2,21 +2,27 @@
 
 import ctypes as c
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import _fastunet as engine
 import numpy as np
 import pytest
+from cmake_build import build, run
 from safetensors.numpy import load_file, save_file
 from test_predictor import network
 
 from fastunet import Predictor
+from fastunet.cmakedir import cmake_folder, main
+from fastunet.errors import DataError
 from fastunet.geometry import input_size
 from fastunet.memory import available_bytes
 from fastunet.predictor import SHARE_OF_FREE_MEMORY
 from fastunet.tiling import plan_tiles, prediction_bytes
 
+ROOT = Path(__file__).parents[1]
 FOLDER = Path(engine.__file__).parent / "fastunet" / "lib"
 if not (FOLDER / "libfastunet.so").is_file():
     pytest.skip(f"libfastunet is not installed in {FOLDER}: pip install .", allow_module_level=True)
@@ -436,3 +442,36 @@ def test_damaged_files_are_refused_in_a_sentence(saved, tmp_path):
     write(tmp_path / "spaced", json.dumps(header, indent=3).encode(), data)
     image = np.arange(20, dtype=np.uint8).reshape(4, 5)
     np.testing.assert_allclose(Embedded(tmp_path / "spaced")(image), Predictor(model)(image), atol=1e-6)
+
+
+def test_the_folder_of_the_cmake_package_is_printed(capsys, monkeypatch, tmp_path):
+    assert main([]) == 0
+    assert Path(capsys.readouterr().out.strip()) == cmake_folder() == FOLDER / "cmake" / "fastunet"
+    monkeypatch.setattr(engine, "__file__", str(tmp_path / "_fastunet.so"))
+    with pytest.raises(
+        DataError, match="the C\\+\\+ library is not installed there; install fastunet with pip"
+    ):
+        cmake_folder()
+
+
+def test_the_example_outside_the_tree_does_what_python_does(rng, saved, tmp_path):
+    for name in ("embed.cpp", "CMakeLists.txt"):
+        (tmp_path / name).write_bytes((ROOT / "csrc" / "examples" / "embed" / name).read_bytes())
+    folder = run(sys.executable, "-m", "fastunet.cmakedir", cwd=ROOT).stdout.strip()
+    program = build(tmp_path, tmp_path / "build", f"-Dfastunet_DIR={folder}") / "embed"
+    model, path = saved(depth=2, classes=3)
+    for dtype, most in ((np.dtype("u1"), 255), (np.dtype(">u2"), 65535)):
+        image = rng.integers(0, most, (61, 38), endpoint=True).astype(dtype)
+        header = f"P5\n38 61\n{most}\n".encode()
+        (tmp_path / "image.pgm").write_bytes(header + image.tobytes())
+        run(program, path, tmp_path / "image.pgm", tmp_path / "out.raw")
+        found = np.fromfile(tmp_path / "out.raw", np.float32).reshape(61, 38, 3)
+        np.testing.assert_allclose(found, Predictor(model)(image), atol=1e-6)
+    (tmp_path / "image.pgm").write_bytes(header + image.tobytes()[:-1])
+    for arguments, sentence in (
+        ((), "usage: embed MODEL"),
+        ((path, tmp_path / "image.pgm", tmp_path / "out.raw"), "it ends before its last pixel"),
+        ((tmp_path / "image.pgm", path, tmp_path / "out.raw"), "a fastunet model"),
+    ):
+        failed = subprocess.run([program, *arguments], capture_output=True, text=True)
+        assert failed.returncode == 2 and sentence in failed.stderr and failed.stderr.count("\n") == 1

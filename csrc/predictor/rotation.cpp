@@ -24,22 +24,25 @@ void filter(double* line, ptrdiff_t size) {
   for (ptrdiff_t i = size - 2; i >= 0; --i) line[i] = pole * (line[i + 1] - line[i]);
 }
 
+// A position of a mirrored axis as one within it.
+double folded(double position, ptrdiff_t size) {
+  if (size == 1) return 0;
+  const double last = static_cast<double>(size - 1), period = 2 * last;
+  position -= period * std::floor(position / period);
+  return position > last ? period - position : position;
+}
+
 // Four neighbours of a position on a mirrored axis, and their weights.
 struct Taps {
   ptrdiff_t at[4];
   double weight[4];
 
   Taps(double position, ptrdiff_t size) {
-    const double period = static_cast<double>(2 * size - 2);
-    if (size == 1) {
-      position = 0;
-    } else {
-      position -= period * std::floor(position / period);
-      if (position > static_cast<double>(size - 1)) position = period - position;
-    }
-    const double floor = std::floor(position), y = position - floor, z = 1 - y;
-    const auto first = static_cast<ptrdiff_t>(floor) - 1;
-    for (int i = 0; i < 4; ++i) at[i] = mirrored(first + i, size);
+    const bool inside = position >= 1 && position < static_cast<double>(size - 2);
+    if (!inside) position = folded(position, size);
+    const auto below = static_cast<ptrdiff_t>(position);
+    const double y = position - static_cast<double>(below), z = 1 - y;
+    for (int i = 0; i < 4; ++i) at[i] = inside ? below - 1 + i : mirrored(below - 1 + i, size);
     weight[0] = z * z * z / 6;
     weight[1] = (y * y * (y - 2) * 3 + 4) / 6;
     weight[2] = (z * z * (z - 2) * 3 + 4) / 6;
@@ -113,10 +116,12 @@ void Rotation::read(const Splines& image, ptrdiff_t top, ptrdiff_t left, int hei
       for (ptrdiff_t c = 0; c < image.channels; ++c) {
         const float* const values = image.channel(c);
         double sum = 0;
-        for (int i = 0; i < 4; ++i)
-          for (int j = 0; j < 4; ++j)
-            sum += rows.weight[i] * columns.weight[j] *
-                   static_cast<double>(values[rows.at[i] * image.width + columns.at[j]]);
+        for (int i = 0; i < 4; ++i) {
+          const float* const line = values + rows.at[i] * image.width;
+          double across = 0;
+          for (int j = 0; j < 4; ++j) across += columns.weight[j] * static_cast<double>(line[columns.at[j]]);
+          sum += rows.weight[i] * across;
+        }
         *pixel++ = static_cast<float>(sum);
       }
     }

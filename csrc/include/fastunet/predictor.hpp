@@ -79,14 +79,24 @@ struct Pixels {
 
 enum class PixelType { uint8, uint16, float32 };
 
-// An image to be read, of any of these types: Image(pixels, height, width[, channels[, strides]]) as Pixels.
+// An image to be read, of any of these types; constructed as Pixels are.
 struct Image {
   PixelType type;
   Pixels<const std::uint8_t> pixels;  // of whatever type; strides are bytes anyhow
 
-  template <class T, class... Shape>
-  Image(const T* data, std::ptrdiff_t height, std::ptrdiff_t width, Shape... channels_and_strides)
-      : Image(type_of(data), Pixels<const T>(data, height, width, channels_and_strides...)) {}
+  template <class T>
+  Image(const T* data, std::ptrdiff_t height, std::ptrdiff_t width, std::ptrdiff_t channels = 1)
+      : Image(type_of(data), Pixels<const T>(data, height, width, channels)) {}
+
+  template <class T>
+  Image(const T* data, std::ptrdiff_t height, std::ptrdiff_t width, std::ptrdiff_t channels, std::ptrdiff_t row_stride)
+      : Image(type_of(data), Pixels<const T>(data, height, width, channels, row_stride)) {}
+
+  template <class T>
+  Image(const T* data, std::ptrdiff_t height, std::ptrdiff_t width, std::ptrdiff_t channels, std::ptrdiff_t row_stride,
+        std::ptrdiff_t pixel_stride, std::ptrdiff_t channel_stride)
+      : Image(type_of(data), Pixels<const T>(data, height, width, channels, row_stride, pixel_stride, channel_stride)) {
+  }
 
   template <class T>
   Image(PixelType type, const Pixels<T>& p)
