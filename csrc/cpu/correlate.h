@@ -8,6 +8,7 @@
 
 #include "../memory.h"
 #include "micro_kernels.h"
+#include "slots.h"
 
 namespace fastunet {
 namespace {
@@ -167,13 +168,7 @@ void correlate(const Correlation& c) {
             for (b.ky = 0; b.ky < c.kernel; ++b.ky) sum(b, block, sums);
       }
     });
-    constexpr int kPiece = 4096;
-    parallel(ceil_div(static_cast<int>(weights), kPiece), [&](int task, int) {
-      const ptrdiff_t begin = static_cast<ptrdiff_t>(task) * kPiece;
-      const ptrdiff_t end = begin + kPiece < weights ? begin + kPiece : weights;
-      for (int slot = 0; slot < slots; ++slot)
-        for (ptrdiff_t i = begin; i < end; ++i) c.weight_gradient[i] += slot_sums[slot * weights + i];
-    });
+    add_slots(slot_sums, slots, weights, c.weight_gradient);
     return;
   }
   parallel(blocks * tiles * c.kernel, [&](int task, int) {

@@ -9,6 +9,7 @@
 
 #include "../memory.h"
 #include "micro_kernels.h"
+#include "slots.h"
 #include "winograd_tiles.h"
 
 namespace fastunet {
@@ -197,13 +198,7 @@ void winograd_backward_weight(const Channels& input, const View& gradient, float
           });
       }
     });
-    constexpr int kPiece = 4096;
-    parallel(ceil_div(static_cast<int>(slot_floats), kPiece), [&](int task, int) {
-      const ptrdiff_t begin = static_cast<ptrdiff_t>(task) * kPiece;
-      const ptrdiff_t end = begin + kPiece < slot_floats ? begin + kPiece : slot_floats;
-      for (int slot = 1; slot < slots; ++slot)
-        for (ptrdiff_t i = begin; i < end; ++i) slot_sums[i] += slot_sums[slot * slot_floats + i];
-    });
+    add_slots(slot_sums + slot_floats, slots - 1, slot_floats, slot_sums);
     parallel(groups, [&](int g, int) {
       conv.add_transformed_back(g, 0, in_blocks, slot_sums + g * group_floats, weight_gradient);
     });
