@@ -1,4 +1,5 @@
 // For compilers without libFuzzer: mutates the seeds blindly, by the same options. Without options, files are run once.
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
