@@ -17,6 +17,7 @@ from scipy import ndimage
 
 Image = NDArray[np.float32]
 Reader = Callable[[int, int, int, int], Image]
+Rectangle = tuple[int, int, int, int]
 
 
 def views(rotations: int) -> "list[Turn | Rotation]":
@@ -50,6 +51,20 @@ class Turn:
         """What the view shows of an image (H, W, ...): the same memory in another order."""
         seen = np.rot90(image, self.quarters)
         return seen[:, ::-1] if self.mirror else seen
+
+    def onto_view(self, top: int, left: int, bottom: int, right: int, height: int, width: int) -> Rectangle:
+        """The rectangle of the view that shows one of an image of height x width pixels; either may reach beyond."""
+        for _ in range(self.quarters):
+            top, left, bottom, right = width - right, top, width - left, bottom
+            height, width = width, height
+        return (top, width - right, bottom, width - left) if self.mirror else (top, left, bottom, right)
+
+    def onto_image(self, top: int, left: int, bottom: int, right: int, height: int, width: int) -> Rectangle:
+        """The rectangle of an image of height x width pixels that one of the view shows; either may reach beyond."""
+        height, width = self.size(height, width)
+        if self.mirror:
+            left, right = width - right, width - left
+        return Turn(-self.quarters % 4).onto_view(top, left, bottom, right, height, width)
 
     def reader(self, image: Image) -> Reader:
         """Return read(top, left, height, width) -> (height, width, C): any part of the image's view."""
