@@ -123,6 +123,7 @@ class Job:
         if not _in_place(self.wanted.kind, self._suffix):
             whole = self.journal.folder / f"result{self._suffix}"
             _remove(whole)
+            self.predictor.release()
             self._write_strips(whole)
         if whole.exists():  # or it has its name already, and only the folder was left
             if whole.is_file():

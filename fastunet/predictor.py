@@ -237,6 +237,10 @@ class Predictor:
             if was_training:
                 self.model.train()
 
+    def release(self) -> None:
+        """Give back the memory that is kept for further tiles."""
+        self._predictions.release()
+
     def _check_channels(self, shape: tuple[int, ...]) -> None:
         if shape[2] != self.model.in_channels:
             raise ValueError(

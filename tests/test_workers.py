@@ -46,9 +46,10 @@ def test_two_processes_one_of_which_is_killed(job, tmp_path):
     done = []
     work = threading.Thread(target=on_devices, args=(job, ["cpu", "cpu"], 1, done.append))
     work.start()
-    while not finished_tiles(job.journal.folder):
+    while not finished_tiles(job.journal.folder) and work.is_alive():
         time.sleep(0.001)
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    for worker in multiprocessing.active_children()[:1]:
+        worker.kill()
     work.join()
     check(job, tmp_path)
 
@@ -83,7 +84,7 @@ def test_a_dask_cluster_one_of_whose_workers_is_killed(job, tmp_path):
             target=on_dask, args=(job, cluster.scheduler_address, "cpu", 1, lambda count: None)
         )
         work.start()
-        while not finished_tiles(job.journal.folder):
+        while not finished_tiles(job.journal.folder) and work.is_alive():
             time.sleep(0.001)
         os.kill(victim, signal.SIGKILL)
         work.join()

@@ -59,6 +59,9 @@ class Predictions(Protocol):
         Inputs are as in `begin`; the next may be asked for before the probabilities of the last are there.
         """
 
+    def release(self) -> None:
+        """Give back the memory that is kept for further tiles."""
+
     def free_memory(self) -> int:
         """Bytes that a prediction can take at present."""
 

@@ -288,6 +288,9 @@ class Predictions:
             del pixels
             yield self.probabilities(part)
 
+    def release(self) -> None:
+        engine.trim()
+
     def probabilities(self, tile: NDArray[np.float32]) -> NDArray[np.float32]:
         """Of the network's input (h, w, C)."""
         return self.table.numpy(self.forward(self.table.array(tile[None])))[0]

@@ -128,6 +128,9 @@ class Predictions:
         for pixels in inputs:
             yield self.with_room(functools.partial(self._tile, pixels, scales))
 
+    def release(self) -> None:
+        self._passes.clear()
+
     def _tile(self, pixels: NDArray, scales: NDArray[np.float64]) -> NDArray[np.float32]:
         plane, plane_scales = _uploaded(self.table.device, pixels, scales)
         network = self.of_size(plane.height, plane.width)
