@@ -21,7 +21,7 @@ from fastunet.errors import DataError
 from fastunet.geometry import border, input_size
 from fastunet.memory import format_bytes
 from fastunet.normalization import BLOCK, offsets_and_scales, statistics
-from fastunet.rotations import Rotation, Turn, mirrored, views
+from fastunet.rotations import Rotation, Turn, read_mirrored, views
 from fastunet.tiling import Tile, TilePlan, activation_bytes, check_tile, plan_tiles
 from fastunet.unet import UNet
 
@@ -117,8 +117,9 @@ class Predictor:
             )
         if not isinstance(image, np.ndarray):
             return self._predictions.averaged(sums, len(self._views), stack)
-        for total in sums:
-            total /= len(self._views)
+        if len(self._views) > 1:
+            for total in sums:
+                total /= len(self._views)
         return np.stack(sums) if stack else sums[0]
 
     def plan(self, height: int, width: int) -> TilePlan:
@@ -336,14 +337,8 @@ def shipped_models() -> dict[str, Path]:
 
 def _read_view(source: "Source", view: Turn, asked: tuple[int, int, int, int]) -> NDArray:
     """What a view shows of a rectangle of an image, which is mirrored beyond its border."""
-    top, left, bottom, right = asked
     height, width, _ = source.shape
-    if top >= 0 and left >= 0 and bottom <= height and right <= width:
-        return view.turned(source.read(top, left, bottom, right))
-    rows, columns = mirrored(top, bottom, height), mirrored(left, right, width)
-    first, start = int(rows.min()), int(columns.min())
-    pixels = source.read(first, start, int(rows.max()) + 1, int(columns.max()) + 1)
-    return view.turned(pixels[rows - first][:, columns - start])
+    return view.turned(read_mirrored(source.read, height, width, *asked))
 
 
 def _ahead(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:

@@ -16,9 +16,10 @@ from fastunet.backends import on_host
 from fastunet.geometry import border
 from fastunet.memory import available_bytes
 from fastunet.normalization import scaled
+from fastunet.rotations import Turn
 
 if TYPE_CHECKING:
-    from fastunet.rotations import Rotation, Turn
+    from fastunet.rotations import Rotation
     from fastunet.tiling import TilePlan
 
 _BLOCK = engine.BLOCK
@@ -306,16 +307,20 @@ class Prediction:
 
     def add(self, view: "Turn | Rotation", plan: "TilePlan") -> Iterator[None]:
         read = view.reader(self._image)
-        seen = np.empty((*plan.image, self._predictions.classes), np.float32)
         lost = border(plan.depth)
+        if isinstance(view, Turn):
+            total = view.turned(self._sum)  # the same memory
+        else:
+            total = np.zeros((*plan.image, self._predictions.classes), np.float32)
         for tile in plan:
             part = read(tile.top - lost, tile.left - lost, *plan.tile)
             probabilities = self._predictions.probabilities(part)
-            seen[tile.top : tile.bottom, tile.left : tile.right] = probabilities[
+            total[tile.top : tile.bottom, tile.left : tile.right] += probabilities[
                 : tile.bottom - tile.top, : tile.right - tile.left
             ]
             yield
-        self._sum += view.undo(seen, *self._image.shape[:2])
+        if not isinstance(view, Turn):
+            self._sum += view.undo(total, *self._image.shape[:2])
 
     def sum(self) -> NDArray[np.float32]:
         return self._sum
