@@ -128,7 +128,7 @@ def predict_large(arguments: argparse.Namespace, folder: Path) -> None:
             file.write(band.tobytes())
             if file.tell() - start > 4000 * LARGE:
                 break
-    options = ["--model", arguments.model, "--memory", "2G", "--threads", str(arguments.threads)]
+    options = ["--model", arguments.model, "--memory", "1.8G", "--threads", str(arguments.threads)]
     command = [sys.executable, __file__, "--strip", "--folder", folder, *options]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
     told = process.stdout.read() if process.stdout else ""
