@@ -76,7 +76,7 @@ def instances_by_strips(
     """Find the instances of an image that does not fit into memory: `find_instances`, to the same numbers.
 
     The image is read twice, three times where holes are filled. At any time a strip is in memory, at most
-    `strip_bytes`, and up to 28 bytes for each component of a class and, to fill holes, 20 for each of the background.
+    `strip_bytes`, and up to 40 bytes for each component of a class and, to fill holes, 48 for each of the background.
 
     Parameters
     ----------

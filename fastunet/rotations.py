@@ -74,7 +74,8 @@ class Turn:
             return seen[top:bottom, left:right]
 
         def read(top: int, left: int, height: int, width: int) -> Image:
-            return read_mirrored(pixels, *seen.shape[:2], top, left, top + height, left + width)
+            rows, columns = seen.shape[:2]
+            return read_mirrored(pixels, rows, columns, top, left, top + height, left + width)
 
         return read
 
