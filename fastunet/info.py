@@ -4,23 +4,19 @@ import argparse
 import platform
 import re
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastunet import __version__, backends, command
-from fastunet.autograd import no_grad
 from fastunet.geometry import border, input_size, output_size
 from fastunet.memory import available_bytes, format_bytes, parse_bytes
 from fastunet.predictor import Predictor, model_file, shipped_models
+from fastunet.speed import seconds_per_flop
 from fastunet.tiling import IMAGE_CHANNELS, TilePlan, forward_flops
 from fastunet.training_memory import largest_training_tile, training_bytes
 from fastunet.unet import UNet
-
-CALIBRATION_SECONDS = 0.3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,7 +175,7 @@ def _describe_network(model: UNet) -> None:
 def _describe_prediction(model: UNet, plan: TilePlan) -> None:
     rows, columns = plan.grid
     flops = len(plan) * forward_flops(*plan.tile, model)
-    seconds, sample = _seconds_per_flop(model, plan)
+    seconds, sample = seconds_per_flop(model, plan)
     print(
         f"image of {plan.image[0]}x{plan.image[1]} pixels on {model.device}, {model.precision}: "
         f"{rows * columns} tile{'s' if rows * columns > 1 else ''} of {plan.tile[0]}x{plan.tile[1]} -> "
@@ -210,28 +206,6 @@ def _describe_training(model: UNet) -> None:
         f"training on {model.device}: tiles of up to {tile}x{tile} fit, which take "
         f"{format_bytes(training_bytes(tile, *network, *where))}"
     )
-
-
-def _seconds_per_flop(model: UNet, plan: TilePlan) -> tuple[float, tuple[int, int]]:
-    """Time tiles, growing up to the plan's, until one takes long enough; give the tile's size, too."""
-    model.eval()
-    random = np.random.default_rng(0)
-    output = 2**model.depth
-    while True:
-        side = input_size(output, model.depth)
-        tile = min(side, plan.tile[0]), min(side, plan.tile[1])
-        pixels = random.standard_normal((1, *tile, model.in_channels), np.float32)
-        seconds = min(_forward_seconds(model, pixels) for _ in range(2))
-        if seconds >= CALIBRATION_SECONDS or tile == plan.tile:
-            return seconds / forward_flops(*tile, model), tile
-        output *= 2
-
-
-def _forward_seconds(model: UNet, pixels: NDArray[np.float32]) -> float:
-    began = time.perf_counter()
-    with no_grad():
-        model(pixels).numpy()
-    return time.perf_counter() - began
 
 
 def _image_size(text: str) -> tuple[int, int]:

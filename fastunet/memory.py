@@ -32,6 +32,12 @@ def format_bytes(amount: float) -> str:
     return f"{amount / 1024:.0f} KiB"
 
 
+def resident_bytes() -> int:
+    """Bytes of memory this process takes, libraries included; 0 where there is no /proc."""
+    pages = _text(Path("/proc/self/statm")).split()
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
+
+
 def available_bytes(root: Path = Path("/")) -> int:
     """Bytes this process can still take: the least of what machine, container and address-space limit leave.
 

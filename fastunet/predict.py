@@ -1,22 +1,29 @@
 """The predict command: image files through a trained network into files of the same shape."""
 
 import argparse
+import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastunet import command
-from fastunet.data.images import SUFFIXES, find_images, read_images, write_array
+from fastunet.data.images import SUFFIXES, find_images
+from fastunet.data.sources import Source, open_images
 from fastunet.errors import DataError
-from fastunet.instances import find_instances
-from fastunet.memory import parse_bytes
-from fastunet.predictor import Predictor
+from fastunet.instances import check_options, find_instances
+from fastunet.job import Job, Wanted, begin, file_hash, planned_bytes, resume
+from fastunet.journal import finished_tiles, folder_of
+from fastunet.memory import format_bytes, parse_bytes, resident_bytes
+from fastunet.predictor import Predictor, model_file
+from fastunet.speed import seconds_per_flop
+from fastunet.tiling import TilePlan, forward_flops
+from fastunet.workers import on_dask, on_devices
 
 KINDS = ("probabilities", "classes", "instances")
 
@@ -61,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="input size of the network, such as 572 (default: auto, the least work that memory allows)",
     )
     cost.add_argument(
-        "--memory", metavar="BYTES", help="how much to use, such as 2G (default: 0.8 of what is free)"
+        "--memory",
+        metavar="BYTES",
+        help="the most that this process and its workers may take, such as 2G; on a GPU, of its memory "
+        "(default: 0.8 of what is free)",
     )
     cost.add_argument(
         "--rotations",
@@ -70,6 +80,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=(1, 4, 7, 8),
         help="average over so many views of the image: 4 right angles, 8 with mirror images, 7 rotations by "
         "k*360/7 degrees as in the paper (default: 1, the image as it is)",
+    )
+
+    running = parser.add_argument_group(
+        "stops and workers", "OUT.partial keeps the tiles that are done until OUT is whole."
+    )
+    begun = running.add_mutually_exclusive_group()
+    begun.add_argument("--resume", action="store_true", help="go on with a prediction that was stopped")
+    begun.add_argument("--overwrite", action="store_true", help="begin anew where one was stopped")
+    among = running.add_mutually_exclusive_group()
+    among.add_argument(
+        "--devices", metavar="LIST", help="share the tiles among processes: cuda:0,cuda:1 or cpu,cpu"
+    )
+    among.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="share the tiles among the workers of a Dask cluster (tcp://HOST:8786) that sees the same files",
     )
 
     instances = parser.add_argument_group("instances (--save instances)")
@@ -92,62 +118,200 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _predict_files(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     inputs = find_images(arguments.input)
-    kind, outputs = _outputs(arguments, inputs)
-    notices: set[str] = set()
-
-    def notify(message: str) -> None:
-        if message not in notices and not arguments.quiet:
-            tqdm.write(f"note: {message}", file=sys.stderr)
-        notices.add(message)
-
+    wanted, outputs = _outputs(arguments, inputs)
+    limit = None if arguments.memory is None else parse_bytes(arguments.memory)
+    devices = [arguments.device] if arguments.devices is None else _devices(arguments.devices)
     predictor = Predictor(
         arguments.model,
-        device=arguments.device,
+        device=devices[0],
         precision=arguments.precision,
         tile=int(arguments.tile) if arguments.tile.isdecimal() else arguments.tile,
         rotations=arguments.rotations,
-        memory=None if arguments.memory is None else parse_bytes(arguments.memory),
         threads=arguments.threads,
-        notify=notify,
     )
+    if limit is not None:
+        if wanted.kind == "instances":  # what finds them is loaded before it is seen what remains
+            find_instances(np.zeros((2, 2), np.uint8), wanted.width, wanted.min_size, wanted.fill_holes)
+        predictor.memory = _left_for_tiles(limit, predictor, len(devices))
     outputs[0].parent.mkdir(parents=True, exist_ok=True)
+    work = _Work(arguments, predictor, wanted, devices)
     done = 0
-    with tqdm(
-        total=len(inputs),
-        disable=True if arguments.quiet else None,
-        bar_format="{percentage:3.0f}%|{bar}| {n:.1f} of {total} images [{elapsed}, {remaining} left]",
-    ) as bar:
-
-        def progress(part: float) -> None:
-            bar.update(done + part - bar.n)
-
-        for source, target in zip(inputs, outputs):
-            images = read_images(source, arguments.axes, notify)
-            bar.total += len(images) - 1
-            if len({image.pixels.shape[:2] for image in images}) > 1:
-                raise DataError(f"{source}: its images differ in size; save each as a file of its own")
-            if len(images) > 1 and target.suffix.lower() == ".png":
-                raise DataError(f"{source}: a PNG file cannot hold its {len(images)} images; end OUT in .tif")
-            results = []
-            for image in images:
-                try:
-                    probabilities = predictor(image.pixels, progress)
-                except ValueError as error:
-                    raise DataError(f"{source}: {error}") from error
-                results.append(_result(probabilities, kind, arguments))
-                done += 1
-            write_array(target, results[0] if len(images) == 1 else np.stack(results))
+    finished = _Finished(outputs, arguments.resume)
+    for source, target in zip(inputs, outputs):
+        if target.name in finished.names:
+            continue
+        done += work.predict(source, target)
+        finished.add(target)
+    finished.forget()
     if not arguments.quiet:
         where = outputs[0] if len(outputs) == 1 else f"{outputs[0].parent} ({len(outputs)} files)"
-        images_done = f"{done} image{'s' if done > 1 else ''}"
-        print(f"{where}: {kind} of {images_done} in {time.perf_counter() - began:.1f} s")
+        images_done = f"{done} image{'' if done == 1 else 's'}"
+        print(f"{where}: {wanted.kind} of {images_done} in {time.perf_counter() - began:.1f} s")
 
 
-def _outputs(arguments: argparse.Namespace, inputs: list[Path]) -> tuple[str, list[Path]]:
+class _Work:
+    """What is the same for every file of a command."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, predictor: Predictor, wanted: Wanted, devices: list[str]
+    ) -> None:
+        self._arguments = arguments
+        self._predictor = predictor
+        self._wanted = wanted
+        self._devices = devices
+        self._model = model_file(arguments.model)
+        self._model_hash = file_hash(self._model)
+        self._said: set[str] = set()
+
+    def predict(self, source: Path, target: Path) -> int:
+        """Predict a file's images; return their number."""
+        images = open_images(source, self._arguments.axes, lambda message: self._say(message, sys.stderr))
+        if len({image.shape for _, image in images}) > 1:
+            raise DataError(f"{source}: its images differ in size; save each as a file of its own")
+        if len(images) > 1 and target.suffix.lower() == ".png":
+            raise DataError(f"{source}: a PNG file cannot hold its {len(images)} images; end OUT in .tif")
+        folder = folder_of(target)
+        if (kept := finished_tiles(folder)) and not (self._arguments.resume or self._arguments.overwrite):
+            raise DataError(
+                f"{folder}: {len(kept)} tiles of an unfinished prediction are there; --resume goes on with it, "
+                "--overwrite begins anew"
+            )
+        what = self._predictor, self._model, self._model_hash, source, self._arguments.axes
+        suffix = target.suffix.lower()
+        memory = self._predictor.memory
+        job: Job | None = None
+        try:
+            while True:
+                if self._arguments.resume and finished_tiles(folder):
+                    job = resume(folder, *what, suffix, self._wanted)
+                    plan = job.plan
+                    self._say_plan(plan, len(images), len(job) - len(job.remaining()))
+                else:
+                    plan = self._plan(source, images[0][1])
+                    self._say_plan(plan, len(images))
+                    job = begin(folder, *what, suffix, self._wanted, images, plan)
+                job.journal.lock()
+                try:
+                    self._run(job, source.name)
+                    break
+                except MemoryError:  # there was less than the machine had told
+                    if job.journal.finished():
+                        raise
+                    job.journal.close()
+                    self._predictor.memory = plan.memory // 2
+            job.finish(target)
+        except BaseException:
+            if finished_tiles(folder):
+                self._say(f"{folder} keeps what is done; the same command with --resume goes on", sys.stderr)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            if job is not None:
+                job.journal.close()
+        self._predictor.memory = memory
+        return len(images)
+
+    def _plan(self, path: Path, source: Source) -> TilePlan:
+        try:
+            return self._predictor.plan_source(source)
+        except ValueError as error:
+            raise DataError(f"{path}: {error}") from error
+
+    def _run(self, job: Job, name: str) -> None:
+        with tqdm(
+            total=len(job),
+            initial=len(job) - len(job.remaining()),
+            desc=name,
+            unit="tile",
+            disable=True if self._arguments.quiet else None,
+        ) as bar:
+            threads = self._arguments.threads
+            if self._arguments.dask is not None:
+                device = self._predictor.model.device.split(":")[0]
+                on_dask(job, self._arguments.dask, device, threads, bar.update)
+            elif len(self._devices) > 1:
+                on_devices(job, self._devices, threads, bar.update)
+            else:
+                for _ in job.run(job.remaining()):
+                    bar.update(1)
+
+    def _say_plan(self, plan: TilePlan, images: int, done: int = 0) -> None:
+        if self._arguments.quiet:
+            return
+        count = images * len(plan) * self._arguments.rotations
+        size = "x".join(map(str, plan.tile))
+        text = f"plan: {count} tile{'s' if count > 1 else ''} of {size} pixels, "
+        text += f"at most {format_bytes(planned_bytes(plan, self._wanted))}"
+        if len(self._devices) > 1:
+            text += f" in each of {len(self._devices)} workers"
+        if text not in self._said:
+            self._said.add(text)
+            if count > 1:
+                flops = count * forward_flops(*plan.tile, self._predictor.model) / len(self._devices)
+                text += f", about {_duration(seconds_per_flop(self._predictor.model, plan)[0] * flops)}"
+            if done:
+                text += f"; {done} of {images * len(plan)} are done"
+            print(text, flush=True)
+
+    def _say(self, message: str, file: TextIO) -> None:
+        if message not in self._said and not self._arguments.quiet:
+            tqdm.write(f"note: {message}", file=file)
+        self._said.add(message)
+
+
+class _Finished:
+    """The outputs of a command of several that are whole, noted beside them until all are."""
+
+    def __init__(self, outputs: list[Path], resumes: bool) -> None:
+        self._file = outputs[0].parent / ".predicted"
+        self._several = len(outputs) > 1
+        if not resumes and self._several:
+            self._file.unlink(missing_ok=True)
+        there = self._several and self._file.is_file()
+        self.names = set(self._file.read_text().splitlines()) if there else set[str]()
+
+    def add(self, output: Path) -> None:
+        if self._several:
+            with self._file.open("a") as file:
+                file.write(f"{output.name}\n")
+
+    def forget(self) -> None:
+        if self._several:
+            self._file.unlink(missing_ok=True)
+
+
+def _left_for_tiles(limit: int, predictor: Predictor, workers: int) -> int:
+    """Of the memory that fastunet may take, what one worker has beside its interpreter, libraries and network."""
+    if predictor.model.device != "cpu":
+        return limit
+    itself = resident_bytes()
+    return max(1, limit - itself if workers == 1 else (limit - itself) // workers - itself)
+
+
+def _devices(text: str) -> list[str]:
+    devices = [device.strip() for device in text.split(",")]
+    if len({device.split(":")[0] for device in devices}) > 1:
+        raise ValueError(
+            f"--devices {text}: different kinds would not give one result; name GPUs, or cpu several times"
+        )
+    return devices
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.0f} h"
+
+
+def _outputs(arguments: argparse.Namespace, inputs: list[Path]) -> tuple[Wanted, list[Path]]:
     """Decide what is written and where, one output per input, before any work is done."""
     out: Path = arguments.output
     suffix = out.suffix.lower()
-    to_folder = out.is_dir() or suffix == "" or (len(inputs) > 1 and suffix not in SUFFIXES)
+    to_folder = (
+        (out.is_dir() and suffix != ".zarr") or suffix == "" or (len(inputs) > 1 and suffix not in SUFFIXES)
+    )
     if len(inputs) > 1 and (not to_folder or out.is_file()):
         raise ValueError(f"{out}: {len(inputs)} inputs need a folder to write to; give one as OUT")
     if not to_folder and suffix not in SUFFIXES:
@@ -170,24 +334,16 @@ def _outputs(arguments: argparse.Namespace, inputs: list[Path]) -> tuple[str, li
             raise ValueError(f"{target}: the output would replace its input; write somewhere else")
         if times[target] > 1:
             raise ValueError(f"{target}: two inputs would be written to it; give inputs of different names")
-    return kind, outputs
+    width = 1 if arguments.separation_width is None else arguments.separation_width
+    wanted = Wanted(kind, width, arguments.min_size or 0, arguments.fill_holes)
+    check_options(wanted.width, wanted.min_size)
+    return wanted, outputs
 
 
 def _output_name(source: Path, kind: str) -> str:
     """Name a file in the folder OUT as its input, but .tif where PNG cannot hold what is saved."""
     is_png = source.suffix.lower() == ".png"
     return source.with_suffix(".tif").name if is_png and kind == "probabilities" else source.name
-
-
-def _result(probabilities: NDArray[np.float32], kind: str, arguments: argparse.Namespace) -> NDArray:
-    """Turn probabilities (H, W, K) into what is saved: (K, H, W) float32, (H, W) uint8 or (H, W) uint32."""
-    if kind == "probabilities":
-        return np.ascontiguousarray(np.moveaxis(probabilities, 2, 0))
-    classes = probabilities.argmax(axis=2).astype(np.uint8)
-    if kind == "classes":
-        return classes
-    width = 1 if arguments.separation_width is None else arguments.separation_width
-    return find_instances(classes, width, arguments.min_size or 0, arguments.fill_holes)
 
 
 if __name__ == "__main__":

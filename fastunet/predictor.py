@@ -1,24 +1,39 @@
-"""Predict images of any size with a trained network: normalise, mirror, tiles, network, softmax, stitch."""
+"""Predict images of any size with a trained network: normalise, mirror, tiles, network, softmax, stitch.
+
+An image in memory is predicted as a whole (`Predictor.__call__`); one that is read by rectangles, tile by tile
+(`Predictor.tiles`), in memory that the size of the image has no part in.
+"""
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastunet import backends, ops
 from fastunet.autograd import Tensor, no_grad
 from fastunet.errors import DataError
+from fastunet.geometry import border, input_size
 from fastunet.memory import format_bytes
-from fastunet.normalization import offsets_and_scales, statistics
-from fastunet.rotations import Rotation, Turn, views
-from fastunet.tiling import TilePlan, check_tile, plan_tiles
+from fastunet.normalization import BLOCK, offsets_and_scales, statistics
+from fastunet.rotations import Rotation, Turn, read_mirrored, views
+from fastunet.tiling import Tile, TilePlan, activation_bytes, check_tile, plan_tiles
 from fastunet.unet import UNet
+
+if TYPE_CHECKING:
+    from fastunet.data.sources import Source
+
+Result = TypeVar("Result")
 
 # Of the memory that is free before a prediction; the rest is left to everything else on the machine.
 SHARE_OF_FREE_MEMORY = 0.8
+# Beside activations and pixels of a tile: the kernels' own buffers, and what threads and libraries come to.
+SCRATCH = 12 << 20
 
 
 class Predictor:
@@ -50,6 +65,7 @@ class Predictor:
         notify: Callable[[str], None] = warnings.warn,
     ) -> None:
         self._views = views(rotations)
+        self.rotations = rotations
         if threads is not None:
             backends.set_threads(threads)
         self.model = model if isinstance(model, UNet) else UNet.load(model_file(model), device, precision)
@@ -101,13 +117,137 @@ class Predictor:
             )
         if not isinstance(image, np.ndarray):
             return self._predictions.averaged(sums, len(self._views), stack)
-        for total in sums:
-            total /= len(self._views)
+        if len(self._views) > 1:
+            for total in sums:
+                total /= len(self._views)
         return np.stack(sums) if stack else sums[0]
 
     def plan(self, height: int, width: int) -> TilePlan:
         """Plan the tiles of an image of this size (not rotated) within the memory there is now."""
         return self._plan(height, width, Turn(), self._allowed())
+
+    def plan_source(self, source: "Source") -> TilePlan:
+        """Plan the tiles of an image that is read by rectangles.
+
+        Raises
+        ------
+        ValueError
+            If the network takes another number of channels.
+        MemoryError
+            If even the smallest tile does not fit.
+        """
+        self._check_channels(source.shape)
+        height, width, channels = source.shape
+        if not self.is_tiled:
+            return self.plan(height, width)
+        lost, step = border(self.model.depth), 2**self.model.depth
+        further = (
+            step if len(self._views) > 1 else 0
+        )  # tiles of a turned view begin a multiple of this before
+
+        def needed(tall: NDArray[np.int64], wide: NDArray[np.int64]) -> NDArray[np.int64]:
+            tall, wide = tall + further, wide + further
+            pixels, output = (
+                tall * wide * channels,
+                4 * self.model.num_classes * (tall - 2 * lost) * (wide - 2 * lost),
+            )
+            activations = activation_bytes(tall, wide, self.model) * (self._predictions.element_bytes / 4)
+            # One tile is read, and one written, while another is predicted; it is turned into float32.
+            pixels = pixels * (4 + 2 * source.dtype.itemsize)
+            results = output * (2 if len(self._views) == 1 else 4)
+            tile = activations + pixels + results + source.held_bytes(tall, wide)
+            return (np.maximum(tile, first_pass) + SCRATCH).astype(np.int64)
+
+        block = min(BLOCK, height), min(BLOCK, width)
+        first_pass = block[0] * block[1] * (16 + channels * source.dtype.itemsize) + source.held_bytes(*block)
+
+        return plan_tiles(
+            height, width, self.model, self.tile, self._allowed(), self._predictions.element_bytes, needed
+        )
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether images can be read by rectangles: resampled views need the whole."""
+        return all(isinstance(view, Turn) for view in self._views)
+
+    @property
+    def kernels(self) -> str:
+        """What computes: the same gives the same bits."""
+        device = self.model.device.split(":")[0]
+        return (
+            f"{device} {self.model.precision} {backends.instruction_set() if device == 'cpu' else ''}".strip()
+        )
+
+    def scales(self, source: "Source") -> NDArray[np.float64]:
+        """[offset, scale] of each channel, by one pass over an image that is read by rectangles."""
+        return offsets_and_scales(source, self.model.normalization)
+
+    def tiles(
+        self, source: "Source", scales: NDArray[np.float64], plan: TilePlan, chosen: Iterable[Tile]
+    ) -> Generator[tuple[Tile, NDArray[np.float32]]]:
+        """Predict some of a plan's tiles, in their order; the next is read, in a thread, while one is predicted.
+
+        Where views are resampled, the only tile is the whole image.
+
+        Parameters
+        ----------
+        source : image (H, W, C)
+        scales, plan : of `scales` and `plan_source`
+
+        Yields
+        ------
+        tile, and (height, width, K) float32 probabilities of its pixels
+        """
+        height, width, _ = source.shape
+        if not self.is_tiled:
+            for tile in chosen:
+                yield tile, self._predict(source.read(0, 0, height, width), _ignore) / len(self._views)
+            return
+        depth, lost = plan.depth, border(plan.depth)
+        passes: deque[tuple[Tile, Turn, tuple[int, int, int, int]]] = deque()
+
+        def inputs() -> Iterator[Callable[[], NDArray]]:
+            for tile in chosen:
+                for view in self._views:
+                    assert isinstance(view, Turn)
+                    seen = view.onto_view(tile.top, tile.left, tile.bottom, tile.right, height, width)
+                    begin = [start // 2**depth * 2**depth for start in seen[:2]]
+                    sides = [
+                        max(side, input_size(stop - start, depth))
+                        for side, start, stop in zip(view.size(*plan.tile), begin, seen[2:])
+                    ]
+                    top, left = (start - lost for start in begin)
+                    asked = view.onto_image(top, left, top + sides[0], left + sides[1], height, width)
+                    inside = tuple(at - start for at, start in zip(seen, (*begin, *begin)))
+                    passes.append((tile, view, inside))
+                    yield functools.partial(_read_view, source, view, asked)
+
+        total: NDArray[np.float32] | None = None
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for probabilities in self._predictions.tiles(_ahead(inputs()), scales):
+                tile, view, (top, left, bottom, right) = passes.popleft()
+                part = view.undo(probabilities[top:bottom, left:right], tile.bottom - tile.top, 0)
+                total = part if total is None else total + part
+                if view == self._views[-1]:
+                    yield tile, total / np.float32(len(self._views)) if len(self._views) > 1 else total
+                    total = None
+                del probabilities, part
+        finally:
+            if was_training:
+                self.model.train()
+
+    def release(self) -> None:
+        """Give back the memory that is kept for further tiles."""
+        self._predictions.release()
+
+    def _check_channels(self, shape: tuple[int, ...]) -> None:
+        if shape[2] != self.model.in_channels:
+            raise ValueError(
+                f"the image has {shape[2]} channels (shape {shape}) and the model takes "
+                f"{self.model.in_channels}; give images like those it was trained on"
+            )
 
     def _is_one_image(self, image: Any) -> bool:
         return image.shape[2] <= 4 or image.shape[2] == self.model.in_channels
@@ -115,11 +255,7 @@ class Predictor:
     def _predict(self, image: Any, progress: Callable[[float], None]) -> Any:
         """The sum over the views."""
         image = image if image.ndim == 3 else image[..., None]
-        if image.shape[2] != self.model.in_channels:
-            raise ValueError(
-                f"the image has {image.shape[2]} channels (shape {image.shape}) and the model takes "
-                f"{self.model.in_channels}; give images like those it was trained on"
-            )
+        self._check_channels(image.shape)
         height, width = image.shape[:2]
         allowed = self._allowed()
         while True:
@@ -197,6 +333,24 @@ def model_file(model: str | Path) -> Path:
 def shipped_models() -> dict[str, Path]:
     """Name the models that come with fastunet, with their files."""
     return {file.stem: file for file in sorted((Path(__file__).parent / "models").glob("*.safetensors"))}
+
+
+def _read_view(source: "Source", view: Turn, asked: tuple[int, int, int, int]) -> NDArray:
+    """What a view shows of a rectangle of an image, which is mirrored beyond its border."""
+    height, width, _ = source.shape
+    return view.turned(read_mirrored(source.read, height, width, *asked))
+
+
+def _ahead(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+    """Make calls in their order, each in a thread while the result of that before is used."""
+    with ThreadPoolExecutor(1) as thread:
+        made: deque[Future[Result]] = deque()
+        for call in calls:
+            made.append(thread.submit(call))
+            if len(made) == 2:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
 
 
 def _ignore(part: float) -> None:

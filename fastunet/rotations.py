@@ -17,6 +17,7 @@ from scipy import ndimage
 
 Image = NDArray[np.float32]
 Reader = Callable[[int, int, int, int], Image]
+Rectangle = tuple[int, int, int, int]
 
 
 def views(rotations: int) -> "list[Turn | Rotation]":
@@ -51,14 +52,30 @@ class Turn:
         seen = np.rot90(image, self.quarters)
         return seen[:, ::-1] if self.mirror else seen
 
+    def onto_view(self, top: int, left: int, bottom: int, right: int, height: int, width: int) -> Rectangle:
+        """The rectangle of the view that shows one of an image of height x width pixels; either may reach beyond."""
+        for _ in range(self.quarters):
+            top, left, bottom, right = width - right, top, width - left, bottom
+            height, width = width, height
+        return (top, width - right, bottom, width - left) if self.mirror else (top, left, bottom, right)
+
+    def onto_image(self, top: int, left: int, bottom: int, right: int, height: int, width: int) -> Rectangle:
+        """The rectangle of an image of height x width pixels that one of the view shows; either may reach beyond."""
+        height, width = self.size(height, width)
+        if self.mirror:
+            left, right = width - right, width - left
+        return Turn(-self.quarters % 4).onto_view(top, left, bottom, right, height, width)
+
     def reader(self, image: Image) -> Reader:
         """Return read(top, left, height, width) -> (height, width, C): any part of the image's view."""
         seen = self.turned(image)
 
+        def pixels(top: int, left: int, bottom: int, right: int) -> Image:
+            return seen[top:bottom, left:right]
+
         def read(top: int, left: int, height: int, width: int) -> Image:
-            rows = mirrored(top, top + height, seen.shape[0])
-            columns = mirrored(left, left + width, seen.shape[1])
-            return seen[rows[:, None], columns]
+            rows, columns = seen.shape[:2]
+            return read_mirrored(pixels, rows, columns, top, left, top + height, left + width)
 
         return read
 
@@ -129,6 +146,34 @@ class Rotation:
         matrix = np.array([[c, s], [-s, c]])
         middle = (np.array(self.size(height, width)) - 1) / 2
         return matrix, (np.array([height, width]) - 1) / 2 - matrix @ middle
+
+
+def read_mirrored(
+    read: Callable[[int, int, int, int], NDArray],
+    height: int,
+    width: int,
+    top: int,
+    left: int,
+    bottom: int,
+    right: int,
+) -> NDArray:
+    """Read a rectangle of an image of height x width pixels that is mirrored beyond its border.
+
+    `read(top, left, bottom, right)` returns pixels (h, w, C) within the image.
+    """
+    if top >= 0 and left >= 0 and bottom <= height and right <= width:
+        return read(top, left, bottom, right)
+    rows, columns = mirrored(top, bottom, height), mirrored(left, right, width)
+    first, start = int(rows.min()), int(columns.min())
+    pixels = read(first, start, int(rows.max()) + 1, int(columns.max()) + 1)
+    # Most columns are as they are: only those beyond the border are looked up one by one.
+    wide = np.empty((len(pixels), right - left, pixels.shape[2]), pixels.dtype)
+    low = min(max(left, 0), right)
+    high = max(min(right, width), low)
+    wide[:, low - left : high - left] = pixels[:, low - start : high - start]
+    for beyond in (slice(0, low - left), slice(high - left, right - left)):
+        wide[:, beyond] = pixels[:, columns[beyond] - start]
+    return wide[rows - first]
 
 
 def mirrored(start: int, stop: int, size: int) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ The prediction then does not depend on the tile's size. Abutting valid outputs (
 Ronneberger et al. (2015), figure 2, draw them, would shift the phase from tile to tile.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -111,6 +111,7 @@ def plan_tiles(
     tile: int | str = "auto",
     memory: int = UNLIMITED,
     element_bytes: float = 4,
+    needed_bytes: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]] | None = None,
 ) -> TilePlan:
     """Plan the prediction of an image.
 
@@ -123,6 +124,7 @@ def plan_tiles(
         covers it.
     memory : bytes the prediction may take; where the tile wanted needs more, a smaller one is planned
     element_bytes : of a number of an activation, with what the backend loses between them
+    needed_bytes : what tiles of such heights and widths take; default: `prediction_bytes`, of an image in memory
 
     Raises
     ------
@@ -138,13 +140,16 @@ def plan_tiles(
     heights, widths = (_candidates(size, depth, largest) for size in image)
     tall, wide = (axis.ravel() for axis in np.meshgrid(heights[:, 0], widths[:, 0], indexing="ij"))
     pixels = np.multiply.outer(heights.prod(axis=1), widths.prod(axis=1)).ravel()
-    needed = prediction_bytes(height, width, tall, wide, network, element_bytes)
+    needed_bytes = needed_bytes or (
+        lambda tall, wide: prediction_bytes(height, width, tall, wide, network, element_bytes)
+    )
+    needed = needed_bytes(tall, wide)
     order = np.lexsort((needed, pixels))
     if tile == "auto":
         preferred = int(tall[order[0]]), int(wide[order[0]])
     else:
         preferred = min(largest, input_size(height, depth)), min(largest, input_size(width, depth))
-    exact = int(prediction_bytes(height, width, *preferred, network, element_bytes))
+    exact = int(needed_bytes(*(np.array(side, np.int64) for side in preferred)))
     if exact <= memory:
         return TilePlan(image, depth, preferred, preferred, exact)
     fitting = order[needed[order] <= memory]

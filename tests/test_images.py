@@ -343,7 +343,7 @@ def test_a_codec_that_is_missing_is_named(tmp_path: Path) -> None:
     pillow.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.tif", compression="tiff_lzw")
     program = (
         "import sys; sys.modules['imagecodecs'] = None\n"
-        "from fastunet.data.images import read_array, DataError\n"
+        "from fastunet.data.images import read_array\nfrom fastunet import DataError\n"
         "try: read_array(sys.argv[1])\n"
         "except DataError as error: print(error)"
     )

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as npst
 from scipy import ndimage
 
 from fastunet.data.separation import separate
-from fastunet.instances import connected_components, find_instances
+from fastunet.instances import connected_components, find_instances, instances_by_strips
 
 images = npst.arrays(
     np.uint8, npst.array_shapes(min_dims=2, max_dims=2, max_side=12), elements=st.integers(0, 3)
@@ -172,3 +172,22 @@ def test_arrays_that_are_refused(classes):
 def test_numbers_that_are_refused(options):
     with pytest.raises(ValueError, match="at least 0"):
         find_instances(np.zeros((2, 2), int), **options)
+
+
+def rows_of(image):
+    return lambda top, bottom: image[top:bottom]
+
+
+@pytest.mark.parametrize(
+    "width, min_size, fill_holes", [(0, 0, False), (1, 0, True), (2, 5, True), (3, 9, False)]
+)
+def test_strips_of_any_height_give_the_instances_of_the_whole(rng, width, min_size, fill_holes):
+    for density in (0.3, 0.6, 0.8):
+        classes = (rng.random((67, 53)) < density) * rng.integers(1, 3, (67, 53))
+        coarse = np.kron(classes[:17, :14], np.ones((4, 4), int))
+        for image in (classes, coarse):
+            expected = find_instances(image, width, min_size, fill_holes)
+            for strip in (1, 2, 7, int(rng.integers(1, 70))):
+                options = width, min_size, fill_holes
+                found = instances_by_strips(rows_of(image), *image.shape, strip, *options)
+                np.testing.assert_array_equal(np.concatenate(list(found)), expected)

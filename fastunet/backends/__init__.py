@@ -53,6 +53,15 @@ class Predictions(Protocol):
             If there is no room for image and result; `Prediction.add` if there is none for a tile.
         """
 
+    def tiles(self, inputs: Iterable[np.ndarray], scales: np.ndarray) -> Iterator[np.ndarray]:
+        """Predict tiles of an image that is not here as a whole: for inputs (h, w, C) their probabilities, (h', w', K).
+
+        Inputs are as in `begin`; the next may be asked for before the probabilities of the last are there.
+        """
+
+    def release(self) -> None:
+        """Give back the memory that is kept for further tiles."""
+
     def free_memory(self) -> int:
         """Bytes that a prediction can take at present."""
 
@@ -376,12 +385,17 @@ def get_threads() -> int:
     return int(_cpu().thread_count())
 
 
+def instruction_set() -> str:
+    """Name what the CPU's kernels are compiled for: avx512, avx2, ..."""
+    return str(_cpu().instruction_set())
+
+
 def describe(device: str = "cpu") -> str:
     """One line for a person: a resolved device's name and size, or the CPU's threads and instruction set."""
     if device != "cpu":
         table: Any = load(device)
         return f"{device}: {table.describe()}"
-    return f"cpu: {get_threads()} threads, {_cpu().instruction_set()} kernels"
+    return f"cpu: {get_threads()} threads, {instruction_set()} kernels"
 
 
 def _cpu() -> Any:

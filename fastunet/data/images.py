@@ -1,9 +1,10 @@
-"""Image files: TIFF, PNG and NPY read into arrays, arrays written into files that appear only when whole."""
+"""Image files: TIFF, PNG, NPY and Zarr read into arrays, arrays written into files that appear only when whole."""
 
 import logging
 import os
 import re
 import secrets
+import shutil
 import sys
 import threading
 import warnings
@@ -19,11 +20,12 @@ import tifffile
 from PIL import Image as pillow
 from PIL.PngImagePlugin import PngImageFile
 
-from fastunet.errors import DataError
+from fastunet.data.zarr_arrays import create_zarr, open_zarr
+from fastunet.errors import FileProblem
 
 TIFF_SUFFIXES = (".tif", ".tiff")
-SUFFIXES = (*TIFF_SUFFIXES, ".png", ".npy")
-READABLE = "a TIFF (.tif, .tiff), PNG (.png) or NumPy (.npy) file"
+SUFFIXES = (*TIFF_SUFFIXES, ".png", ".npy", ".zarr")
+READABLE = "a TIFF (.tif, .tiff), PNG (.png), NumPy (.npy) or Zarr (.zarr) file"
 
 # No codec squeezes pixels this far (deflate's limit is 1032, zeros in zstd reach some 30,000): a header that
 # declares more is damaged, and believing it would ask the machine for terabytes.
@@ -31,22 +33,6 @@ LARGEST_RATIO = 50_000
 ALWAYS_READABLE_BYTES = 2**26
 
 _GREY, _COLOUR, _GREY_ALPHA, _COLOUR_ALPHA = 0, 2, 4, 6  # colour types in a PNG header
-
-
-class FileProblem(DataError):
-    """A file that cannot be used, told in four parts.
-
-    Parameters
-    ----------
-    path : Path
-        The file or folder.
-    found, expected, fix : str
-        What was found in it, what was expected, and what the user can do about it.
-    """
-
-    def __init__(self, path: Path | str, found: str, expected: str, fix: str) -> None:
-        self.path, self.found, self.expected, self.fix = Path(path), found, expected, fix
-        super().__init__(f"{path}: {found}, but expected {expected}; {fix}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +69,7 @@ def find_images(pattern: Path | str) -> list[Path]:
         If there is none.
     """
     path = Path(pattern)
-    if path.is_dir():
+    if path.is_dir() and not is_image(path):
         found = [entry for entry in path.iterdir() if is_image(entry)]
     elif path.exists():
         found = [path]
@@ -97,8 +83,10 @@ def find_images(pattern: Path | str) -> list[Path]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether the name is that of a file this module reads; hidden files are not."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    """Whether the name is that of a file this module reads (of a folder, for Zarr); hidden ones are not."""
+    suffix = path.suffix.lower()
+    there = path.is_dir() if suffix == ".zarr" else path.is_file()
+    return there and suffix in SUFFIXES and not path.name.startswith(".")
 
 
 def read_array(path: Path | str) -> np.ndarray:
@@ -107,7 +95,7 @@ def read_array(path: Path | str) -> np.ndarray:
     Parameters
     ----------
     path : path
-        TIFF (its pages stacked on axis 0), PNG (palette indices, not colours) or NPY.
+        TIFF (its pages stacked on axis 0), PNG (palette indices, not colours), NPY or Zarr.
 
     Returns
     -------
@@ -138,10 +126,10 @@ def read_images(
     Parameters
     ----------
     path : path
-        TIFF, PNG or NPY.
+        TIFF, PNG, NPY or Zarr.
     axes : str, optional
         What the axes of the stored array are, overriding the file: Y and X, C or S for channels, any other
-        letter for one image after another ("ZYX", "TCYX"). By default TIFF metadata decide; without, a
+        letter for one image after another ("ZYX", "TCYX"). By default TIFF and Zarr metadata decide; without, a
         3-D array is (H, W, C) when its last axis is at most 4 and (N, H, W) otherwise, 4-D (N, H, W, C).
     notify : callable
         Takes the notice that an alpha channel was dropped.
@@ -215,12 +203,12 @@ def write_array(path: Path | str, array: np.ndarray, axes: str | None = None) ->
     Parameters
     ----------
     path : path
-        .tif or .tiff (integers are deflated), .png or .npy, in a folder that exists.
+        .tif or .tiff (integers are deflated), .png, .npy or .zarr, in a folder that exists.
     array : ndarray
         For PNG integers of shape (H, W), written as uint8 where that is the type and as uint16 otherwise, or
         uint8 colours of shape (H, W, 3).
     axes : str, optional
-        TIFF axes; by default YX, IYX for integers (a stack), CYX for floats (probabilities), ICYX.
+        TIFF or Zarr axes; by default YX, IYX for integers (a stack), CYX for floats (probabilities), ICYX.
 
     Raises
     ------
@@ -238,21 +226,31 @@ def write_array(path: Path | str, array: np.ndarray, axes: str | None = None) ->
         array = _for_png(path, array)
     elif suffix not in SUFFIXES:
         raise ValueError(f"{path}: suffix {suffix!r} cannot be written; use {', '.join(SUFFIXES)}")
+    if suffix == ".zarr":
+        axes = axes or axes_of_result(array.ndim, array.dtype)
+        with whole_folder(path) as folder:
+            create_zarr(folder, array.shape, array.dtype, axes)[...] = array
+        return
     with whole_file(path) as file:
         if suffix == ".npy":
             np.lib.format.write_array(file, array, allow_pickle=False)
         elif suffix == ".png":
             pillow.fromarray(array).save(file, format="png")
         else:
-            stack = "CYX" if array.dtype.kind == "f" else "IYX"
             tifffile.imwrite(
                 file,
                 array,
                 photometric="minisblack",
                 compression=None if array.dtype.kind == "f" else "zlib",
                 bigtiff=array.nbytes > 2**32 - 2**25,
-                metadata={"axes": axes or {2: "YX", 3: stack, 4: "ICYX"}[array.ndim]},
+                metadata={"axes": axes or axes_of_result(array.ndim, array.dtype)},
             )
+
+
+def axes_of_result(dimensions: int, dtype: np.dtype | type) -> str:
+    """Name the axes of an array that nothing else is known of: floats are probabilities, integers labels."""
+    stack = "CYX" if np.dtype(dtype).kind == "f" else "IYX"
+    return {2: "YX", 3: stack, 4: "ICYX"}[dimensions]
 
 
 def check_folder(path: Path | str) -> None:
@@ -282,6 +280,32 @@ def whole_file(path: Path | str) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(path: Path | str) -> Iterator[Path]:
+    """`whole_file` for what is a folder, such as Zarr."""
+    path = Path(path)
+    check_folder(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Give a file or folder a name; what had it before, of whatever kind, goes."""
+    if target.is_dir():
+        old = source.with_name(f".{source.name}.old")
+        target.rename(old)
+        source.rename(target)
+        shutil.rmtree(old)
+    else:
+        if source.is_dir():
+            target.unlink(missing_ok=True)
+        os.replace(source, target)
+
+
 def _read_parts(
     path: Path, colours: bool = False, notify: Callable[[str], None] = notice
 ) -> list[tuple[np.ndarray, str | None]]:
@@ -294,13 +318,35 @@ def _read_parts(
         found = f"suffix {suffix!r}" if suffix else "a name without suffix"
         raise FileProblem(path, found, READABLE, "convert the file")
     parts: list[tuple[np.ndarray, str | None]]
-    try:
+    with decoding(path):
         if suffix == ".npy":
             parts = [(_read_npy(path), None)]
         elif suffix == ".png":
             parts = [_read_png(path, colours, notify)]
+        elif suffix == ".zarr":
+            array, axes = open_zarr(path)
+            check_memory(path, array.nbytes)
+            parts = [(np.asarray(array[...]), axes)]
         else:
             parts = _read_tiff(path)
+    for array, _ in parts:
+        check_pixels(path, array.shape, array.dtype)
+    return [(array.astype(array.dtype.newbyteorder("="), copy=False), axes) for array, axes in parts]
+
+
+def check_pixels(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Raise DataError unless these are pixels: numbers, and at least one."""
+    if dtype.kind not in "buif":
+        raise FileProblem(path, f"type {dtype}", "numbers", "convert the values")
+    if 0 in shape:
+        raise FileProblem(path, f"shape {shape}", "at least one pixel", "replace the empty file")
+
+
+@contextmanager
+def decoding(path: Path) -> Iterator[None]:
+    """Tell whatever goes wrong with a file's bytes as a DataError."""
+    try:
+        yield
     except FileProblem:
         raise
     except FileNotFoundError:
@@ -314,23 +360,21 @@ def _read_parts(
             fix = "pip install imagecodecs or save it uncompressed"
             raise FileProblem(path, found, "a codec that is installed", fix) from error
         found = f"it cannot be decoded ({_one_line(error)})"
-        expected = f"a whole {suffix[1:].upper()} file"
+        expected = f"a whole {path.suffix[1:].upper()} file"
         raise FileProblem(path, found, expected, "replace the damaged file") from error
-    for array, _ in parts:
-        if array.dtype.kind not in "buif":
-            raise FileProblem(path, f"type {array.dtype}", "numbers", "convert the values")
-        if not array.size:
-            raise FileProblem(path, f"shape {array.shape}", "at least one pixel", "replace the empty file")
-    return [(array.astype(array.dtype.newbyteorder("="), copy=False), axes) for array, axes in parts]
+
+
+def mapped_npy(path: Path) -> np.memmap:
+    """The array of an NPY file, of which nothing is read yet; its header has been compared with the file's length."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a damaged header may look like one of Python 2
+        return np.lib.format.open_memmap(path, mode="r")
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a damaged header may look like one of Python 2
-        # Mapped, so that numpy compares the header with the file's real length before anything is allocated.
-        mapped = np.lib.format.open_memmap(path, mode="r")
-        _check_size(path, mapped.nbytes)
-        return np.array(mapped)
+    mapped = mapped_npy(path)
+    check_memory(path, mapped.nbytes)
+    return np.array(mapped)
 
 
 def _read_png(path: Path, colours: bool, notify: Callable[[str], None]) -> tuple[np.ndarray, str]:
@@ -340,7 +384,9 @@ def _read_png(path: Path, colours: bool, notify: Callable[[str], None]) -> tuple
         file.seek(0)
         # Not pillow.open, which takes any format and refuses large pictures.
         with PngImageFile(file) as picture:
-            _check_size(path, 8 * picture.width * picture.height)
+            declared = 8 * picture.width * picture.height
+            _check_ratio(path, declared)
+            check_memory(path, declared)
             if depth == 16 and colour_type != _GREY:
                 found = "16-bit colour, of which 8 bits would be lost"
                 raise FileProblem(path, found, "8-bit colour or 16-bit grey", "save it as TIFF")
@@ -360,19 +406,35 @@ def _read_png(path: Path, colours: bool, notify: Callable[[str], None]) -> tuple
 
 
 def _read_tiff(path: Path) -> list[tuple[np.ndarray, str | None]]:
+    with open_tiff(path) as series:
+        check_memory(path, sum(_declared_bytes(one) for one in series))
+        # One worker: callers read several files at a time.
+        return [(np.asarray(one.asarray(maxworkers=1)), tiff_axes(one)) for one in series]
+
+
+@contextmanager
+def open_tiff(path: Path) -> Iterator[list[tifffile.TiffPageSeries]]:
+    """The images of a TIFF file whose header and page list are sound, and whose pixels lie within it."""
     # tifffile reports a page list that breaks off only to its log, and returns the pages before the damage.
     with _tifffile_errors() as errors, tifffile.TiffFile(path, _multifile=False) as file:
         series = list(file.series)
         if errors or not series:
             raise tifffile.TiffFileError(errors[0] if errors else "no page")
-        _check_size(path, sum(int(np.prod(one.shape, dtype=object)) * one.dtype.itemsize for one in series))
+        _check_ratio(path, sum(_declared_bytes(one) for one in series))
         _check_segments(path, series)
-        # One worker: callers read several files at a time.
-        parts = [(np.asarray(one.asarray(maxworkers=1)), one.axes) for one in series]
+        yield series
     if errors:
         raise tifffile.TiffFileError(errors[0])
+
+
+def tiff_axes(series: tifffile.TiffPageSeries) -> str | None:
+    """The axes a series names; None where the file does not tell."""
     # Q is what tifffile calls an axis of which nothing is known.
-    return [(array, None if "Q" in axes or len(axes) != array.ndim else axes) for array, axes in parts]
+    return None if "Q" in series.axes or len(series.axes) != len(series.shape) else series.axes
+
+
+def _declared_bytes(series: tifffile.TiffPageSeries) -> int:
+    return int(np.prod(series.shape, dtype=object)) * series.dtype.itemsize
 
 
 def _check_segments(path: Path, series: list[tifffile.TiffPageSeries]) -> None:
@@ -402,12 +464,16 @@ def _tifffile_errors() -> Iterator[list[str]]:
         logger.removeHandler(collector)
 
 
-def _check_size(path: Path, declared: int) -> None:
-    """Refuse a header that declares more bytes than the file can hold or than the machine has."""
+def _check_ratio(path: Path, declared: int) -> None:
+    """Refuse a header that declares more bytes than the file can hold."""
     stored = path.stat().st_size
     if declared > max(ALWAYS_READABLE_BYTES, LARGEST_RATIO * stored):
         found = f"its header declares {declared:,} bytes of pixels, the file has {stored:,}"
         raise FileProblem(path, found, "a header that fits the file", "replace the damaged file")
+
+
+def check_memory(path: Path, declared: int) -> None:
+    """Refuse more bytes than the machine has."""
     if declared > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         found = f"{declared / 2**30:,.0f} GiB of pixels"
         raise FileProblem(path, found, "what fits into memory", "split it into several files")
@@ -419,14 +485,17 @@ def _split(
     """Split arrays into named 2-D images (H, W, C)."""
     pages: list[np.ndarray] = []
     for array, stored_axes in parts:
-        pages.extend(_pages(path, array, axes or stored_axes or _axes_of_shape(path, array.shape)))
+        pages.extend(_pages(path, array, axes or stored_axes or axes_of_shape(path, array.shape)))
+    return list(zip(page_names(path, len(pages)), pages))
+
+
+def page_names(path: Path, count: int) -> list[str]:
+    """Name the images of a file."""
     name = stem(path)
-    if len(pages) == 1:
-        return [(name, pages[0])]
-    return [(f"{name}[{number}]", page) for number, page in enumerate(pages)]
+    return [name] if count == 1 else [f"{name}[{number}]" for number in range(count)]
 
 
-def _axes_of_shape(path: Path, shape: tuple[int, ...]) -> str:
+def axes_of_shape(path: Path, shape: tuple[int, ...]) -> str:
     if len(shape) == 3:
         return "YXC" if shape[2] <= 4 else "IYX"
     if len(shape) not in (2, 4):
@@ -435,16 +504,23 @@ def _axes_of_shape(path: Path, shape: tuple[int, ...]) -> str:
     return "YX" if len(shape) == 2 else "IYXC"
 
 
-def _pages(path: Path, array: np.ndarray, axes: str) -> np.ndarray:
-    """Reorder an array to (N, H, W, C)."""
+def image_order(path: Path, shape: tuple[int, ...], axes: str) -> tuple[str, list[str]]:
+    """Check the axes of an array, in capitals; and name them in the order images, rows, columns, channels."""
     axes = axes.upper()
-    if len(axes) != array.ndim or len(set(axes)) != len(axes) or not {"Y", "X"} <= set(axes):
-        shape = "x".join(map(str, array.shape))
+    if len(axes) != len(shape) or len(set(axes)) != len(axes) or not {"Y", "X"} <= set(axes):
+        sizes = "x".join(map(str, shape))
         fix = "give --axes with Y, X and one letter for each other axis, such as ZYX or TCYX"
-        raise FileProblem(path, f"axes {axes!r} for an array of {shape}", f"{array.ndim} different axes", fix)
+        raise FileProblem(path, f"axes {axes!r} for an array of {sizes}", f"{len(shape)} different axes", fix)
     others = [axis for axis in axes if axis not in "YXCS"]
     channels = [axis for axis in axes if axis in "CS"]
-    order = [axes.index(axis) for axis in (*others, "Y", "X", *channels)]
+    return axes, [*others, "Y", "X", *channels]
+
+
+def _pages(path: Path, array: np.ndarray, axes: str) -> np.ndarray:
+    """Reorder an array to (N, H, W, C)."""
+    axes, names = image_order(path, array.shape, axes)
+    order = [axes.index(axis) for axis in names]
+    others = names[: names.index("Y")]
     height, width = array.shape[axes.index("Y")], array.shape[axes.index("X")]
     images = int(np.prod([array.shape[axes.index(axis)] for axis in others], dtype=np.int64))
     return np.ascontiguousarray(array.transpose(order)).reshape(images, height, width, -1)

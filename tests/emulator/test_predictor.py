@@ -6,6 +6,7 @@ import torch
 from test_predictor import network
 
 from fastunet import Predictor, UNet, input_size, no_grad
+from fastunet.data.sources import Loaded
 from fastunet.tiling import prediction_bytes
 
 # Of probabilities, of networks whose logits are of the order of 1: float32 in another order of summation, 5e-6 at most
@@ -284,3 +285,16 @@ def test_memory_that_somebody_takes_meanwhile(rng, small_device, device, monkeyp
     monkeypatch.setattr(type(predict._predictions), "free_memory", lambda self: 2 * whole)
     np.testing.assert_allclose(predict(image), Predictor(model)(image), atol=TOLERANCE["fp32"])
     assert len(said) == 1 and "instead of" in said[0]
+
+
+@pytest.mark.parametrize("rotations", [1, 8])
+def test_tiles_of_an_image_read_by_rectangles_are_the_image_predicted_whole(rng, precision, rotations):
+    _, twin = twins(rng, precision, channels=2)
+    pixels = image_of(rng, np.uint16, 7, 5, 2)
+    predictor = Predictor(twin, rotations=rotations, tile=input_size(4, 1))
+    source = Loaded(pixels, pixels.nbytes)
+    plan = predictor.plan_source(source)
+    found = np.full((7, 5, 2), np.nan, np.float32)
+    for tile, probabilities in predictor.tiles(source, predictor.scales(source), plan, plan):
+        found[tile.top : tile.bottom, tile.left : tile.right] = probabilities
+    np.testing.assert_allclose(found, predictor(pixels), atol=TOLERANCE[precision])

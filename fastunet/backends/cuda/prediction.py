@@ -6,7 +6,7 @@ made on the host, whole, and its prediction is brought back there.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -124,6 +124,19 @@ class Predictions:
     def begin(self, image: NDArray | View, scales: NDArray[np.float64]) -> "Prediction":
         return self.with_room(lambda: Prediction(self, image, scales))
 
+    def tiles(self, inputs: Iterable[NDArray], scales: NDArray[np.float64]) -> Iterator[NDArray[np.float32]]:
+        for pixels in inputs:
+            yield self.with_room(functools.partial(self._tile, pixels, scales))
+
+    def release(self) -> None:
+        self._passes.clear()
+
+    def _tile(self, pixels: NDArray, scales: NDArray[np.float64]) -> NDArray[np.float32]:
+        plane, plane_scales = _uploaded(self.table.device, pixels, scales)
+        network = self.of_size(plane.height, plane.width)
+        self.table.gather(plane, plane_scales, 0, 0, network.tile)
+        return self.table.numpy(network.probabilities(self.roomiest()))[0]
+
     def statistics(self, image: View, moments: bool) -> list[Grey]:
         return self.with_room(lambda: self.table.grey_values(image, moments))
 
@@ -203,17 +216,12 @@ class Prediction:
         self._device = device
         self._image = image
         self._scales = scales
-        is_scaled = False
         if isinstance(image, View):
             plane = Plane.of(image)
-            is_scaled = plane is None
             self._pixels = self._scaled_plane(image) if plane is None else plane
+            self._pixel_scales = put(device, _unscaled(image.shape[2]) if plane is None else scales)
         else:
-            kind = next((kind for kind in STORED if np.can_cast(image.dtype, kind)), None)
-            is_scaled = kind is None
-            values = scaled(image, scales) if kind is None else np.ascontiguousarray(image, kind)
-            self._pixels = Plane.upload(device, values)
-        self._pixel_scales = put(device, _unscaled(image.shape[2]) if is_scaled else scales)
+            self._pixels, self._pixel_scales = _uploaded(device, image, scales)
         self._sum = self._zeros(*image.shape[:2])
         self._resampled: NDArray[np.float32] | None = None
 
@@ -290,6 +298,14 @@ class Prediction:
 
     def _read(self, plane: Plane) -> NDArray[np.float32]:
         return self._device.download(plane.pointer, (plane.height, plane.width, plane.channels), np.float32)
+
+
+def _uploaded(device: Device, image: NDArray, scales: NDArray[np.float64]) -> tuple[Plane, Memory]:
+    """An image on the device, in the narrowest type that holds it, with the scales to gather it by."""
+    kind = next((kind for kind in STORED if np.can_cast(image.dtype, kind)), None)
+    if kind is None:
+        return Plane.upload(device, scaled(image, scales)), put(device, _unscaled(image.shape[2]))
+    return Plane.upload(device, np.ascontiguousarray(image, kind)), put(device, scales)
 
 
 def put(device: Device, values: np.ndarray) -> Memory:
