@@ -112,8 +112,8 @@ INLINE void transpose_square(vec (&rows)[kLanes]) {
     for (int row = 0; row < kLanes; ++row)
       if ((row & step) == 0) {
         const vec first = rows[row], second = rows[row + step];
-        rows[row] = __builtin_shuffle(first, second, upper);
-        rows[row + step] = __builtin_shuffle(first, second, lower);
+        rows[row] = shuffle(first, second, upper);
+        rows[row + step] = shuffle(first, second, lower);
       }
   }
 }

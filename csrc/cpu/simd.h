@@ -40,6 +40,19 @@ INLINE vec broadcast(float x) { return x - vec{}; }
 // A value that is no number stays so.
 INLINE vec maximum(vec value, vec bound) { return bound > value ? bound : value; }
 
+// Lanes of two vectors, counted through both.
+INLINE vec shuffle(vec first, vec second, int_vec lanes) {
+#if defined(__clang__)  // which lacks the builtin; lanes that it knows it makes an instruction of as well
+  vec result{};
+  UNROLL
+  for (int lane = 0; lane < kLanes; ++lane)
+    result[lane] = lanes[lane] < kLanes ? first[lanes[lane]] : second[lanes[lane] - kLanes];
+  return result;
+#else
+  return __builtin_shuffle(first, second, lanes);
+#endif
+}
+
 // The largest of four values and which it was: the first on ties, a value that is no number over any other, as PyTorch.
 INLINE vec largest_of_four(vec best, vec second, vec third, vec fourth, int_vec& which) {
   const vec rivals[] = {second, third, fourth};
