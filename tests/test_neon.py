@@ -332,6 +332,29 @@ def test_upconv2x2_and_conv1x1(kernels, backend, rng, layer, case):
     assert_close(found, torch_weight.grad.numpy() + before, "weight gradient, added")
 
 
+@pytest.mark.parametrize(
+    "case", [(1, 2, 2, 16, 16, 16, 16, 0), (2, 7, 9, 5, 3, 2, 7, 3), (1, 12, 7, 32, 16, 17, 33, 4)], ids=str
+)
+def test_composed(kernels, backend, rng, case):
+    images, height, width, inputs, middle, skips, outputs, beyond = case
+    x = normal(rng, images, height, width, inputs)
+    skip = normal(rng, images, 2 * height + beyond, 2 * width + beyond, skips)
+    up_weight, up_bias = normal(rng, inputs, middle, 2, 2), normal(rng, middle)
+    weight, bias = normal(rng, outputs, skips + middle, 3, 3), normal(rng, outputs)
+    first = beyond // 2
+    centre = skip[:, first : first + 2 * height, first : first + 2 * width]
+    up = F.conv_transpose2d(to_torch(x), doubles(up_weight), doubles(up_bias), stride=2)
+    wanted = to_numpy(F.relu(F.conv2d(torch.cat([to_torch(centre), up], 1), doubles(weight), doubles(bias))))
+    packed = (
+        backend.pack(up_weight, "upconv", (inputs,)),
+        backend.pack(up_bias, "bias", ()),
+        backend.pack(weight, "conv", (skips, middle)),
+        backend.pack(bias, "bias", ()),
+    )
+    (found,) = kernels("composed", middle, outputs, Pixels(x), Pixels(skip), *packed)
+    assert_close(found.reshape(wanted.shape), wanted, "forward")
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 2, 1), (2, 3, 5, 3), (1, 9, 7, 16), (1, 10, 12, 40)], ids=str)
 @pytest.mark.parametrize("rectified", [False, True])
 def test_maxpool2x2(kernels, rng, shape, rectified):

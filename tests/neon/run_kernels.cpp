@@ -244,6 +244,23 @@ void forward(decltype(KernelTable::conv1x1_forward) kernel, int scale) {
   send(output);
 }
 
+void composed() {
+  const int middle = integer(), outputs = integer();
+  Tensors tensors;
+  const View &x = tensor(tensors), &skip = tensor(tensors);
+  const std::vector<float> up_weight = floats(), up_bias = floats(), weight = floats(), bias = floats();
+  const Composition sizes{padded(x.channels), padded(middle), padded(skip.channels), padded(outputs)};
+  std::vector<float> phases(static_cast<size_t>(sizes.phase_floats()), kPoison);
+  std::vector<float> skip_weight(static_cast<size_t>(sizes.skip_floats()), kPoison);
+  std::vector<float> composed_bias(static_cast<size_t>(sizes.outputs), kPoison);
+  kernels().compose(sizes, up_weight.data(), up_bias.data(), weight.data(), bias.data(), phases.data(),
+                    skip_weight.data(), composed_bias.data());
+  Tensor output(x.images, 2 * x.height - 2, 2 * x.width - 2, outputs);
+  const View centre = tensors[1].centre(2 * x.height, 2 * x.width);
+  kernels().composed_forward(x, centre, phases.data(), skip_weight.data(), composed_bias.data(), output.view);
+  send(output);
+}
+
 void backward_data(decltype(KernelTable::conv1x1_backward_data) kernel) {
   const bool masked = integer() != 0;
   Tensors tensors;
@@ -343,6 +360,7 @@ const std::map<std::string, void (*)()> requests = {
     {"upconv2x2_forward", [] { forward(kernels().upconv2x2_forward, 2); }},
     {"upconv2x2_backward_data", [] { backward_data(kernels().upconv2x2_backward_data); }},
     {"upconv2x2_backward_weight", [] { backward_weight(kernels().upconv2x2_backward_weight); }},
+    {"composed", composed},
     {"conv1x1_forward", [] { forward(kernels().conv1x1_forward, 1); }},
     {"conv1x1_backward_data", [] { backward_data(kernels().conv1x1_backward_data); }},
     {"conv1x1_backward_weight", [] { backward_weight(kernels().conv1x1_backward_weight); }},
