@@ -242,6 +242,37 @@ def test_upconv2x2(benchmark, layer, direction, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("layer", [(52, 256), (100, 128), (196, 64), (196, 16)], ids=str)
+def test_upconv2x2_conv3x3(benchmark, layer, engine):
+    """The two as one linear map, which is composed once."""
+    side, channels = layer
+    benchmark.group = f"upconv2x2 and conv3x3 forward {side}^2 {2 * channels} -> {channels}"
+    up, up_bias, torch_up, torch_up_bias = weights("upconv", channels, (2 * channels,), 2)
+    weight, bias, torch_weight, torch_bias = weights("conv", channels, (channels, channels), 3)
+    x, torch_x = rectified((1, side, side, 2 * channels))
+    skip, torch_skip = rectified((1, 2 * side, 2 * side, channels))
+    sizes = (2 * channels,), (channels, channels), channels
+    composed = BACKEND.composition.compose(up.value, up_bias.value, weight.value, bias.value, *sizes)
+
+    def ours():
+        return BACKEND.composition.forward(x, skip, composed, channels)
+
+    def theirs():
+        between = F.conv_transpose2d(torch_x, torch_up, torch_up_bias, stride=2)
+        return F.relu_(F.conv2d(torch.cat([torch_skip, between], 1), torch_weight, torch_bias))
+
+    flops = 16.0 * channels**2 * side**2 + 36.0 * channels**2 * (2 * side - 2) ** 2
+    phases = 2.0 * 2 * channels * 4 * channels * (-(-(side - 1) // 5)) ** 2 * 36
+    done = phases + products(engine, channels, channels, 2 * side - 2, 2 * side - 2)
+    measure(
+        benchmark,
+        ours if engine == "fastunet" else theirs,
+        flops,
+        done=done if engine == "fastunet" else flops,
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_maxpool2x2(benchmark, direction, engine):
     side, channels = 568, 64
