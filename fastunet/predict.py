@@ -286,7 +286,13 @@ def _left_for_tiles(limit: int, predictor: Predictor, workers: int) -> int:
     if predictor.model.device != "cpu":
         return limit
     itself = resident_bytes()
-    return max(1, limit - itself if workers == 1 else (limit - itself) // workers - itself)
+    left = limit - itself if workers == 1 else (limit - itself) // workers - itself
+    if left <= 0:
+        raise ValueError(
+            f"--memory {format_bytes(limit)}: interpreter, libraries and network take {format_bytes(itself)} in each "
+            "process before any tile; allow more"
+        )
+    return left
 
 
 def _devices(text: str) -> list[str]:

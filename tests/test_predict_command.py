@@ -128,7 +128,7 @@ MISTAKES = {
     "tile": (["--tile", "45"], "tile 45 cannot predict at depth 2"),
     "no tile": (["--tile", "big"], "tile is 'big'; expected 'auto' or"),
     "amount": (["--memory", "much"], "memory is 'much'; expected an amount"),
-    "too little": (["--memory", "1K"], "takes at least"),
+    "too little": (["--memory", "1K"], "before any tile; allow more"),
     "instances": (["--min-size", "5"], "--min-size is about instances and probabilities are saved"),
     "negative": (["--save", "instances", "--min-size", "-5"], "both must be at least 0"),
     "device": (["--device", "tpu"], "'tpu' is unknown"),
