@@ -103,8 +103,13 @@ def test_several_python_threads_share_the_engine(rng):
 
 
 def test_thread_count():
+    program = "from fastunet import backends; print(backends.get_threads())"
+    environment = {name: value for name, value in os.environ.items() if name != "FASTUNET_THREADS"}
+    told = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert int(told.stdout) == len(os.sched_getaffinity(0))
     before = backends.get_threads()
-    assert before == len(os.sched_getaffinity(0))
     try:
         backends.set_threads(5)
         assert backends.get_threads() == 5
