@@ -163,7 +163,8 @@ def terminal(results: Results) -> str:
 
 def readme(results: Results) -> str:
     """Markdown: a table of inference and one of training, a column of times for each base."""
-    rounds = max(len(row["ms"]) for row in results["rows"] if "ms" in row)
+    counts = [len(row["ms"]) for row in results["rows"] if "ms" in row]
+    rounds = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{max(counts)}"
     parts = [
         f"`python bench/peers.py` on {results['date'].partition(' ')[0]}: {_conditions(results)}, "
         f"{results['machine']}; {_versions(results)}. Engines take turns within one run, each in its best "
