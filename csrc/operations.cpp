@@ -31,9 +31,9 @@ void expect(bool holds, const std::string& sentence) {
 
 // The numbers, if there are as many as expected.
 template <class T>
-T* expect_count(Span<T> values, ptrdiff_t count, const char* what) {
-  expect(values.count == count, std::string(what) + " has " + std::to_string(values.count) + " packed values, " +
-                                    std::to_string(count) + " were expected");
+T* expect_count(Span<T> values, ptrdiff_t count, const std::string& what) {
+  expect(values.count == count,
+         what + " has " + std::to_string(values.count) + " packed values, " + std::to_string(count) + " were expected");
   return values.data;
 }
 
@@ -213,34 +213,63 @@ std::pair<std::optional<Array>, std::optional<Array>> conv3x3_backward(const Arr
 // --------------------------------------------------------------------------------------------------
 // up-convolution, 1x1 head
 
-Array upconv2x2_forward(const Array& x, Floats weight, Floats bias, int outputs) {
+namespace {
+
+// Layers whose kernel is as wide as its stride, so that each input pixel goes to side x side outputs of its own.
+Array spread_forward(const std::string& name, int side, decltype(KernelTable::upconv2x2_forward) kernel, const Array& x,
+                     Floats weight, Floats bias, int outputs) {
   const View& v = x.whole();
-  const float* w = expect_count(weight, weight_floats(v.blocks(), outputs, 4), "the weight of upconv2x2");
-  const float* b = expect_count(bias, padded(outputs), "the bias of upconv2x2");
-  Array output(v.images, 2 * v.height, 2 * v.width, outputs);
-  run([&] { kernels().upconv2x2_forward(v, w, b, output.view); });
+  const float* w = expect_count(weight, weight_floats(v.blocks(), outputs, side * side), "the weight of " + name);
+  const float* b = expect_count(bias, padded(outputs), "the bias of " + name);
+  Array output(v.images, side * v.height, side * v.width, outputs);
+  run([&] { kernel(v, w, b, output.view); });
   return output;
 }
 
-std::optional<Array> upconv2x2_backward(const Array& gradient, const Array& x, Floats weight,
-                                        MutableFloats weight_gradient, MutableFloats bias_gradient, bool wants_input) {
+std::optional<Array> spread_backward(const std::string& name, int side,
+                                     decltype(KernelTable::upconv2x2_backward_weight) backward_weight,
+                                     decltype(KernelTable::upconv2x2_backward_data) backward_data,
+                                     const Array& gradient, const Array& x, Floats weight,
+                                     MutableFloats weight_gradient, MutableFloats bias_gradient, bool wants_input) {
   const View& g = gradient.whole();
-  expect(g.images == x.view.images && g.height == 2 * x.view.height && g.width == 2 * x.view.width,
-         "upconv2x2's gradient has shape " + gradient.describe() + ", which does not fit its input " + x.describe());
-  const ptrdiff_t floats = weight_floats(x.view.blocks(), g.channels, 4);
-  const float* w = expect_count(weight, floats, "the weight of upconv2x2");
-  float* dw = expect_count(weight_gradient, floats, "the weight gradient of upconv2x2");
-  float* db = expect_count(bias_gradient, padded(g.channels), "the bias gradient of upconv2x2");
+  expect(g.images == x.view.images && g.height == side * x.view.height && g.width == side * x.view.width,
+         name + "'s gradient has shape " + gradient.describe() + ", which does not fit its input " + x.describe());
+  const ptrdiff_t floats = weight_floats(x.view.blocks(), g.channels, side * side);
+  const float* w = expect_count(weight, floats, "the weight of " + name);
+  float* dw = expect_count(weight_gradient, floats, "the weight gradient of " + name);
+  float* db = expect_count(bias_gradient, padded(g.channels), "the bias gradient of " + name);
   std::optional<Array> x_gradient;
   if (wants_input) x_gradient = gradient_of(x);
   const View& v = x.whole();
   const View mask = mask_of(x);
   run([&] {
     kernels().add_pixels(g, db);
-    kernels().upconv2x2_backward_weight(v, g, dw);
-    if (wants_input) kernels().upconv2x2_backward_data(g, w, x_gradient->view, mask);
+    backward_weight(v, g, dw);
+    if (wants_input) backward_data(g, w, x_gradient->view, mask);
   });
   return x_gradient;
+}
+
+}  // namespace
+
+Array upconv2x2_forward(const Array& x, Floats weight, Floats bias, int outputs) {
+  return spread_forward("upconv2x2", 2, kernels().upconv2x2_forward, x, weight, bias, outputs);
+}
+
+std::optional<Array> upconv2x2_backward(const Array& gradient, const Array& x, Floats weight,
+                                        MutableFloats weight_gradient, MutableFloats bias_gradient, bool wants_input) {
+  return spread_backward("upconv2x2", 2, kernels().upconv2x2_backward_weight, kernels().upconv2x2_backward_data,
+                         gradient, x, weight, weight_gradient, bias_gradient, wants_input);
+}
+
+Array conv1x1_forward(const Array& x, Floats weight, Floats bias, int outputs) {
+  return spread_forward("conv1x1", 1, kernels().conv1x1_forward, x, weight, bias, outputs);
+}
+
+std::optional<Array> conv1x1_backward(const Array& gradient, const Array& x, Floats weight,
+                                      MutableFloats weight_gradient, MutableFloats bias_gradient, bool wants_input) {
+  return spread_backward("conv1x1", 1, kernels().conv1x1_backward_weight, kernels().conv1x1_backward_data, gradient, x,
+                         weight, weight_gradient, bias_gradient, wants_input);
 }
 
 Composed::Composed(const Composition& sizes)
@@ -287,36 +316,6 @@ Array composed_forward(const Array& x, const Array& skip, const Composed& compos
                                output.view);
   });
   return output;
-}
-
-Array conv1x1_forward(const Array& x, Floats weight, Floats bias, int outputs) {
-  const View& v = x.whole();
-  const float* w = expect_count(weight, weight_floats(v.blocks(), outputs, 1), "the weight of conv1x1");
-  const float* b = expect_count(bias, padded(outputs), "the bias of conv1x1");
-  Array output(v.images, v.height, v.width, outputs);
-  run([&] { kernels().conv1x1_forward(v, w, b, output.view); });
-  return output;
-}
-
-std::optional<Array> conv1x1_backward(const Array& gradient, const Array& x, Floats weight,
-                                      MutableFloats weight_gradient, MutableFloats bias_gradient, bool wants_input) {
-  const View& g = gradient.whole();
-  expect(g.images == x.view.images && g.height == x.view.height && g.width == x.view.width,
-         "conv1x1's gradient has shape " + gradient.describe() + ", which does not fit its input " + x.describe());
-  const ptrdiff_t floats = weight_floats(x.view.blocks(), g.channels, 1);
-  const float* w = expect_count(weight, floats, "the weight of conv1x1");
-  float* dw = expect_count(weight_gradient, floats, "the weight gradient of conv1x1");
-  float* db = expect_count(bias_gradient, padded(g.channels), "the bias gradient of conv1x1");
-  std::optional<Array> x_gradient;
-  if (wants_input) x_gradient = gradient_of(x);
-  const View& v = x.whole();
-  const View mask = mask_of(x);
-  run([&] {
-    kernels().add_pixels(g, db);
-    kernels().conv1x1_backward_weight(v, g, dw);
-    if (wants_input) kernels().conv1x1_backward_data(g, w, x_gradient->view, mask);
-  });
-  return x_gradient;
 }
 
 // --------------------------------------------------------------------------------------------------
