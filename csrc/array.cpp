@@ -103,6 +103,14 @@ const View& Array::whole() const {
   return whole_or_kept();
 }
 
+void Array::settle() {
+  const View values = whole();
+  if (pending == nullptr) return;
+  block = pending->values.block;
+  view = values;
+  pending = nullptr;
+}
+
 const View& Array::whole_or_kept() const {
   if (pending == nullptr) return view;
   const Engine turn;
@@ -114,6 +122,10 @@ const View& Array::whole_or_kept() const {
     p.computed = true;
   }
   return p.values.view;
+}
+
+void expect(bool holds, const std::string& sentence) {
+  if (!holds) throw std::invalid_argument(sentence);
 }
 
 Array like(const Array& a) { return Array(a.view.images, a.view.height, a.view.width, a.view.channels); }

@@ -2,6 +2,7 @@
 // out when they are read.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -48,14 +49,17 @@ struct Array {
   const View& whole() const;                 // all of it, or it throws
   // Works out what is pending, for which it takes a turn on the engine.
   const View& whole_or_kept() const;
+  void settle();  // nothing of it is pending any more, so that it can be written to; or it throws
 };
 
 Array like(const Array& a);
 
+void expect(bool holds, const std::string& sentence);  // or throws std::invalid_argument
+
 // Values that may not be needed in blocks; kept once somebody did need them.
 struct Pending {
   Array values;
-  bool computed = false;
+  std::atomic<bool> computed{false};  // set in a turn on the engine, looked at without one
 
   explicit Pending(Array values) : values(std::move(values)) {}
   virtual ~Pending() = default;

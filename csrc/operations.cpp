@@ -25,10 +25,6 @@ Array gradient_of(const Array& x) {
 
 View mask_of(const Array& x) { return x.rectified ? x.whole() : View{}; }
 
-void expect(bool holds, const std::string& sentence) {
-  if (!holds) throw std::invalid_argument(sentence);
-}
-
 // The numbers, if there are as many as expected.
 template <class T>
 T* expect_count(Span<T> values, ptrdiff_t count, const std::string& what) {
@@ -323,7 +319,7 @@ Array composed_forward(const Array& x, const Array& skip, const Composed& compos
 
 void add_centre(Array& target, const Array& source) {
   const View& s = source.whole();
-  target.whole();
+  target.settle();
   expect(s.images == target.view.images && s.channels == target.view.channels && s.height <= target.view.height &&
              s.width <= target.view.width,
          "an array of shape " + source.describe() + " cannot be added to one of " + target.describe());
@@ -392,9 +388,9 @@ Array dropout(const Array& x, float rate, uint64_t seed, uint64_t draw) {
   return output;
 }
 
-void multiply(const Array& target, float factor) {
-  const View& v = target.whole();
-  run([&] { kernels().multiply(v, factor); });
+void multiply(Array& target, float factor) {
+  target.settle();
+  run([&] { kernels().multiply(target.view, factor); });
 }
 
 void sgd_momentum(MutableFloats value, Floats gradient, MutableFloats momentum, float learning_rate, float rate) {

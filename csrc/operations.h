@@ -90,7 +90,7 @@ Array softmax(const Array& logits);
 Array dropout(const Array& x, float rate, uint64_t seed, uint64_t draw);
 
 void add_centre(Array& target, const Array& source);  // target += source, whose pixels are the centre of target's
-void multiply(const Array& target, float factor);
+void multiply(Array& target, float factor);
 void sgd_momentum(MutableFloats value, Floats gradient, MutableFloats momentum, float learning_rate, float rate);
 
 }  // namespace fastunet

@@ -25,3 +25,7 @@ class FileProblem(DataError):
     def __init__(self, path: Path | str, found: str, expected: str, fix: str) -> None:
         self.path, self.found, self.expected, self.fix = Path(path), found, expected, fix
         super().__init__(f"{path}: {found}, but expected {expected}; {fix}")
+
+    def __reduce__(self) -> tuple[type, tuple[Path, str, str, str]]:
+        """So that it comes back from a process of another worker."""
+        return type(self), (self.path, self.found, self.expected, self.fix)

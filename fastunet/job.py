@@ -88,6 +88,8 @@ class Job:
 
     def run(self, chosen: Sequence[int]) -> Iterator[int]:
         """Do tiles: yields the number of each once it is done. One is read and one written while one is predicted."""
+        if not chosen:
+            return  # the result may have its name already
         if self._opened is None:
             self._opened = open_images(self._source, self._axes, _ignore)
         sink = open_sink(self._result)
@@ -182,7 +184,11 @@ def begin(
     }
     job = Job(Journal.begin(folder, work), predictor)
     stride = plan.stride if predictor.is_tiled else plan.image
-    create(job._result, shape, dtype, stride)
+    try:
+        create(job._result, shape, dtype, stride)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return job
 
 

@@ -62,6 +62,11 @@ class Journal:
         """
         self._lock = _locked(self.folder)
 
+    @property
+    def is_locked(self) -> bool:
+        """Whether the folder is this process's."""
+        return self._lock is not None
+
     def finished(self) -> set[int]:
         """Tiles that are done."""
         return finished_tiles(self.folder)

@@ -136,9 +136,9 @@ def _predict_files(arguments: argparse.Namespace) -> None:
     outputs[0].parent.mkdir(parents=True, exist_ok=True)
     work = _Work(arguments, predictor, wanted, devices)
     done = 0
-    finished = _Finished(outputs, arguments.resume)
+    finished = _Finished(outputs, arguments.resume, work.statement)
     for source, target in zip(inputs, outputs):
-        if target.name in finished.names:
+        if target.name in finished.names and target.exists():
             continue
         done += work.predict(source, target)
         finished.add(target)
@@ -162,6 +162,13 @@ class _Work:
         self._model = model_file(arguments.model)
         self._model_hash = file_hash(self._model)
         self._said: set[str] = set()
+
+    @property
+    def statement(self) -> str:
+        """What decides the bits of every file's result, but for the file: a line."""
+        predictor = self._predictor
+        decides = self._model_hash, self._arguments.axes, self._wanted, predictor.rotations, predictor.kernels
+        return repr(decides)
 
     def predict(self, source: Path, target: Path) -> int:
         """Predict a file's images; return their number."""
@@ -201,10 +208,13 @@ class _Work:
                     self._predictor.memory = plan.memory // 2
             job.finish(target)
         except BaseException:
-            if finished_tiles(folder):
-                self._say(f"{folder} keeps what is done; the same command with --resume goes on", sys.stderr)
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
+            if job is not None and job.journal.is_locked:  # or another process is at work on it
+                if finished_tiles(folder):
+                    self._say(
+                        f"{folder} keeps what is done; the same command with --resume goes on", sys.stderr
+                    )
+                else:
+                    shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
             if job is not None:
@@ -263,13 +273,22 @@ class _Work:
 class _Finished:
     """The outputs of a command of several that are whole, noted beside them until all are."""
 
-    def __init__(self, outputs: list[Path], resumes: bool) -> None:
+    def __init__(self, outputs: list[Path], resumes: bool, statement: str) -> None:
         self._file = outputs[0].parent / ".predicted"
         self._several = len(outputs) > 1
-        if not resumes and self._several:
-            self._file.unlink(missing_ok=True)
-        there = self._several and self._file.is_file()
-        self.names = set(self._file.read_text().splitlines()) if there else set[str]()
+        self.names = set[str]()
+        if not self._several:
+            return
+        lines = self._file.read_text().splitlines() if resumes and self._file.is_file() else []
+        if lines:
+            if lines[0] != statement:
+                raise DataError(
+                    f"{self._file.parent}: its files were begun with another model or other options; give the same "
+                    "again, or --overwrite instead of --resume"
+                )
+            self.names.update(lines[1:])
+        else:
+            self._file.write_text(f"{statement}\n")
 
     def add(self, output: Path) -> None:
         if self._several:

@@ -16,7 +16,7 @@ from typing import Any
 
 from fastunet.errors import DataError
 from fastunet.job import Job
-from fastunet.journal import Journal
+from fastunet.journal import WORK, Journal
 from fastunet.predictor import Predictor
 
 TILES_AT_A_TIME = 4
@@ -124,7 +124,7 @@ def _begin(names: Any) -> None:
 def _work(folder: str, device: str | None, precision: str, threads: int | None, chosen: list[int]) -> int:
     """Do those of the tiles that are not done yet; return how many were asked for."""
     with _turn:
-        stamp = os.stat(Path(folder) / "work.json").st_mtime_ns
+        stamp = os.stat(Path(folder) / WORK).st_mtime_ns
         job = _job(folder, stamp, device or _device, precision, threads)
         finished = job.journal.finished()
         for _ in job.run([number for number in chosen if number not in finished]):

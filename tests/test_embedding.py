@@ -2,6 +2,7 @@
 
 import ctypes as c
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -442,6 +443,21 @@ def test_damaged_files_are_refused_in_a_sentence(saved, tmp_path):
     write(tmp_path / "spaced", json.dumps(header, indent=3).encode(), data)
     image = np.arange(20, dtype=np.uint8).reshape(4, 5)
     np.testing.assert_allclose(Embedded(tmp_path / "spaced")(image), Predictor(model)(image), atol=1e-6)
+
+
+def test_where_there_is_no_predictor_its_place_is_null(tmp_path):
+    for name in (b"no such file", None):
+        handle = c.c_void_p(0x1234)
+        assert library.fastunet_load(name, None, c.byref(handle)) != OK
+        assert handle.value is None
+        library.fastunet_free(handle)
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    """Nobody waits for what somebody may write to it."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(Failed, match="it cannot be read as a file"):
+        Embedded(tmp_path / "pipe")
 
 
 def test_the_folder_of_the_cmake_package_is_printed(capsys, monkeypatch, tmp_path):

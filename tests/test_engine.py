@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import _fastunet as engine
 import numpy as np
 import pytest
 
@@ -100,6 +101,21 @@ def test_several_python_threads_share_the_engine(rng):
         thread.join()
     for found, wanted in zip(results, expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
+
+
+def test_an_image_is_convolved_as_it_is_by_then(rng):
+    """One of few channels stays pixels until somebody needs or changes it."""
+    pixels = rng.standard_normal((1, 9, 8, 1)).astype(np.float32)
+    weight, bias = rng.standard_normal(16 * 16 * 9).astype(np.float32), np.zeros(16, np.float32)
+
+    def convolved(image):
+        return engine.conv3x3_forward(image, None, weight, bias, 16, False, "auto").pixels()
+
+    once = convolved(engine.Array.from_pixels(pixels))
+    for change, factor in ((lambda x: engine.multiply(x, 3.0), 3), (lambda x: engine.add_centre(x, x), 2)):
+        image = engine.Array.from_pixels(pixels)
+        change(image)
+        np.testing.assert_allclose(convolved(image), factor * once, atol=1e-5 * np.abs(once).max() * factor)
 
 
 def test_thread_count():

@@ -1,6 +1,7 @@
 """Predictions out of core: any file, any tile, killed at any moment, shared out; the same result."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,6 +241,70 @@ def test_of_several_files_those_that_are_whole_are_not_made_again(rng, model, tm
     assert (out / "a.npy").stat().st_ino != first
 
 
+def test_of_several_files_what_is_gone_is_made_again_and_of_another_model_refused(
+    rng, model, tmp_path, capsys
+):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a.npy", "b.npy"):
+        np.save(folder / name, rng.random((40, 50)))
+    (folder / "c.npy").write_bytes(b"nothing")
+    assert predict("-m", model, "-i", folder, "-o", out) == 2
+    (out / "a.npy").unlink()
+    np.save(folder / "c.npy", rng.random((40, 50)))
+    network(depth=2, classes=3, seed=5).save(tmp_path / "other.safetensors")
+    assert predict("-m", tmp_path / "other.safetensors", "-i", folder, "-o", out, "--resume") == 2
+    assert "begun with another model or other options" in capsys.readouterr().err
+    assert predict("-m", model, "-i", folder, "-o", out, "--resume") == 0
+    assert {path.name for path in out.iterdir()} == {"a.npy", "b.npy", "c.npy"}
+
+
+def test_a_kill_between_the_name_and_the_end_of_the_folder(model, image, tmp_path, monkeypatch):
+    out = tmp_path / "out.npy"
+
+    remove = shutil.rmtree
+
+    def killed(path, **options):
+        if out.exists():
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fastunet.job.shutil.rmtree", killed)
+        predict("-m", model, "-i", image, "-o", out, "--tile", TILE)
+    whole = read_array(out)
+    assert folder_of(out).exists()
+    assert predict("-m", model, "-i", image, "-o", out, "--tile", TILE, "--resume") == 0
+    assert not folder_of(out).exists()
+    np.testing.assert_array_equal(read_array(out), whole)
+
+
+def test_a_folder_in_the_place_of_a_file_stays(model, image, tmp_path, capsys):
+    kept = tmp_path / "out" / "in.tif" / "kept"
+    kept.mkdir(parents=True)
+    assert predict("-m", model, "-i", image, "-o", tmp_path / "out") == 2
+    assert "Traceback" not in capsys.readouterr().err and kept.is_dir()
+
+
+def test_zarr_of_a_side_that_has_no_divisor(rng, tmp_path):
+    zarr = pytest.importorskip("zarr")
+    values = rng.integers(0, 250, (1042, 1031)).astype(np.uint8)
+    create(tmp_path / "a.zarr", values.shape, np.uint8, (1200, 1031))
+    assert min(zarr.open_group(tmp_path / "a.zarr", mode="r")["0"].chunks) > 256
+    sink = open_sink(tmp_path / "a.zarr")
+    sink.write(0, 0, 0, values[None])
+    sink.flush()
+    np.testing.assert_array_equal(read_array(tmp_path / "a.zarr"), values)
+
+
+def test_a_tiff_file_is_a_bigtiff_if_its_whole_tiles_are_big(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("tifffile.imwrite", lambda path, **options: told.append(options["bigtiff"]))
+    create(tmp_path / "a.tif", (2500, 2, 300, 300), np.float32, (300, 300))  # 1.8 GB, 5.2 in tiles of 256
+    create(tmp_path / "a.tif", (2500, 2, 250, 250), np.float32, (250, 250))
+    assert told == [True, False]
+
+
 def test_a_result_that_the_disk_does_not_hold_is_refused_at_once(model, image, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=200 * 330 * 12 - 1))
     assert predict("-m", model, "-i", image, "-o", tmp_path / "out.npy") == 2
@@ -257,6 +322,14 @@ def test_two_commands_do_not_work_on_one_result(model, image, tmp_path, capsys):
     assert "another process is at work on it" in capsys.readouterr().err
     journal.close()
     assert predict("-m", model, "-i", image, "-o", out, "--resume") == 0
+    # Neither where nothing is done yet.
+    work = journal.work
+    journal = Journal.begin(folder_of(out), work)
+    journal.lock()
+    assert predict("-m", model, "-i", image, "-o", out) == 2
+    assert "another process is at work on it" in capsys.readouterr().err
+    assert Journal(folder_of(out)).work == work
+    journal.close()
 
 
 def test_options_of_this_module_explain_themselves(capsys):

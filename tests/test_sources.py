@@ -5,7 +5,7 @@ import pytest
 import tifffile
 
 from fastunet import DataError
-from fastunet.data.images import read_images, write_array
+from fastunet.data.images import read_array, read_images, write_array
 from fastunet.data.sources import Loaded, Mapped, Segmented, open_images
 from fastunet.normalization import BLOCK, offsets_and_scales, statistics
 
@@ -121,6 +121,13 @@ def test_zarr_arrays_of_others(rng, tmp_path, version):
     group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": [{"path": "full"}]}]
     found = check(rng, tmp_path / "old.zarr", Segmented)
     assert len(found) == 3
+
+
+def test_zarr_of_a_stack_of_depth(rng, tmp_path):
+    pytest.importorskip("zarr")
+    values = pixels(rng, 3, 5, 7)
+    write_array(tmp_path / "a.zarr", values, "ZYX")
+    np.testing.assert_array_equal(read_array(tmp_path / "a.zarr"), values)
 
 
 def test_zarr_that_holds_no_image(tmp_path):

@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from test_predictor import network
 from fastunet import DataError, Predictor, input_size
 from fastunet.data.images import read_array
 from fastunet.data.sources import open_images
+from fastunet.errors import FileProblem
 from fastunet.job import Wanted, begin, file_hash
 from fastunet.journal import finished_tiles, folder_of
 from fastunet.predict import main
@@ -60,6 +63,12 @@ def test_the_command_shares_among_devices(rng, job, tmp_path):
     options = ["--tile", str(TILE), "--devices", "cpu,cpu", "--threads", "1", "--quiet"]
     assert main([*arguments, *options]) == 0
     np.testing.assert_array_equal(read_array(tmp_path / "both.npy"), read_array(tmp_path / "one.npy"))
+
+
+def test_what_is_wrong_with_a_file_comes_back_from_another_process():
+    problem = FileProblem("a.tif", "a damaged segment", "a whole file", "copy it again")
+    again = pickle.loads(pickle.dumps(problem))
+    assert type(again) is FileProblem and str(again) == str(problem) and again.path == Path("a.tif")
 
 
 def _die(*arguments):

@@ -89,6 +89,8 @@ fastunet_options fastunet_default_options(void) {
 
 fastunet_status fastunet_load(const char* model_file, const fastunet_options* options, fastunet_predictor** predictor) {
   return status_of([&] {
+    given(predictor, "place for the predictor");
+    *predictor = nullptr;
     fastunet_options o = fastunet_default_options();
     if (options != nullptr) {
       if (options->size < sizeof(size_t) || options->size > sizeof(o))
@@ -96,7 +98,6 @@ fastunet_status fastunet_load(const char* model_file, const fastunet_options* op
                                     " bytes; fastunet_default_options() makes them right");
       std::memcpy(&o, options, options->size);
     }
-    given(predictor, "place for the predictor");
     const std::string file = &given(model_file, "model file");
     *predictor = new fastunet_predictor{fastunet::Predictor(file, {o.tile, o.rotations, o.memory})};
   });
@@ -142,4 +143,8 @@ fastunet_status fastunet_set_threads(int count) {
   return status_of([&] { fastunet::set_threads(count); });
 }
 
-int fastunet_threads(void) { return fastunet::threads(); }
+int fastunet_threads(void) {
+  int count = 0;
+  status_of([&] { count = fastunet::threads(); });
+  return count;
+}

@@ -35,7 +35,7 @@ class Parser {
   }
 
   bool take(char c) {
-    if (peek() != c || at_ == text_.size()) return false;
+    if (peek() != c) return false;
     ++at_;
     return true;
   }
@@ -67,21 +67,28 @@ class Parser {
     return value;
   }
 
-  void object(Value& value, int depth) {
-    value.kind = Value::kObject;
-    expect('{');
+  template <class Body>
+  void elements(char open, char close, const Body& body) {
+    expect(open);
     skip_space();
-    if (take('}')) return;
+    if (take(close)) return;
     do {
       skip_space();
+      body();
+      skip_space();
+    } while (take(','));
+    expect(close);
+  }
+
+  void object(Value& value, int depth) {
+    value.kind = Value::kObject;
+    elements('{', '}', [&] {
       if (peek() != '"') fail("a name is missing");
       std::string name = string();
       skip_space();
       expect(':');
       value.members.push_back({std::move(name), this->value(depth)});
-      skip_space();
-    } while (take(','));
-    expect('}');
+    });
     std::vector<std::string_view> names;
     for (const Member& member : value.members) names.push_back(member.name);
     std::sort(names.begin(), names.end());
@@ -90,14 +97,7 @@ class Parser {
 
   void array(Value& value, int depth) {
     value.kind = Value::kArray;
-    expect('[');
-    skip_space();
-    if (take(']')) return;
-    do {
-      value.items.push_back(this->value(depth));
-      skip_space();
-    } while (take(','));
-    expect(']');
+    elements('[', ']', [&] { value.items.push_back(this->value(depth)); });
   }
 
   bool digits() {
@@ -157,7 +157,7 @@ class Parser {
 
   void escape(std::string& result) {
     constexpr std::string_view kEscapes = "\"\\/bfnrt", kMeant = "\"\\/\b\f\n\r\t";
-    const size_t which = at_ < text_.size() ? kEscapes.find(text_[at_]) : kEscapes.npos;
+    const size_t which = kEscapes.find(peek());
     if (which != kEscapes.npos) {
       ++at_;
       result += kMeant[which];

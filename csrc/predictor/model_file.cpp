@@ -1,6 +1,7 @@
 #include "model_file.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
 #include <cstring>
 
@@ -200,7 +201,8 @@ void ModelFile::expect_tensors(size_t count) const {
 }
 
 MappedFile::MappedFile(const std::string& path) {
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  // Without O_NONBLOCK, to open a pipe would be to wait for somebody who writes to it.
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (file < 0) throw DataError(path + ": it cannot be opened (" + std::strerror(errno) + ")" + kExpected);
   struct stat status;
   void* mapped = nullptr;

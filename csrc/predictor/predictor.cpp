@@ -25,10 +25,6 @@ constexpr double kShareOfFreeMemory = 0.8;              // the rest is left to e
 constexpr ptrdiff_t kLongestSide = ptrdiff_t{1} << 24;  // pixels; tiles and their numbers then stay within int
 constexpr int kSeven = 7;
 
-void expect(bool holds, const std::string& sentence) {
-  if (!holds) throw std::invalid_argument(sentence);
-}
-
 std::string shape_of(ptrdiff_t height, ptrdiff_t width, ptrdiff_t channels) {
   return "(" + std::to_string(height) + ", " + std::to_string(width) + ", " + std::to_string(channels) + ")";
 }

@@ -148,7 +148,8 @@ TilePlan plan_tiles(ptrdiff_t height, ptrdiff_t width, const Model& network, int
 
 void check_tile(int tile, int depth) {
   const ptrdiff_t step = ptrdiff_t{1} << depth, smallest = input_size(step, depth);
-  ptrdiff_t above = input_size(std::max<ptrdiff_t>(1, tile + 1 - 2 * border(depth)), depth), below = above - step;
+  ptrdiff_t above = input_size(std::max<ptrdiff_t>(1, ptrdiff_t{tile} + 1 - 2 * border(depth)), depth),
+            below = above - step;
   std::string found = "tile + 4 must be a multiple of " + std::to_string(step);
   if (tile < smallest) {
     found = "its output would be less than " + std::to_string(step) + " pixels";

@@ -1,5 +1,6 @@
 """Image files: TIFF, PNG, NPY and Zarr read into arrays, arrays written into files that appear only when whole."""
 
+import errno
 import logging
 import os
 import re
@@ -294,8 +295,10 @@ def whole_folder(path: Path | str) -> Iterator[Path]:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Give a file or folder a name; what had it before, of whatever kind, goes."""
+    """Give a file or folder a name; what had it before goes, but for a folder where a file is to be."""
     if target.is_dir():
+        if not source.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
         old = source.with_name(f".{source.name}.old")
         target.rename(old)
         source.rename(target)

@@ -15,8 +15,9 @@ import tifffile
 from numpy.typing import NDArray
 
 from fastunet.data.images import TIFF_SUFFIXES, axes_of_result, write_array
-from fastunet.data.zarr_arrays import LEVEL, create_zarr, open_zarr
+from fastunet.data.zarr_arrays import LEVEL, create_zarr
 
+CHUNK = 512  # longest side of a Zarr chunk written by tiles
 TILE = 256  # side of a TIFF tile, and of a Zarr chunk written by strips
 SHARD = 16  # chunks side by side in a file
 
@@ -52,18 +53,27 @@ def create(path: Path, shape: tuple[int, ...], dtype: np.dtype | type, stride: t
             np.lib.format.write_array_header_1_0(file, header)
             file.truncate(file.tell() + _bytes(shape, dtype))
     elif suffix in TIFF_SUFFIXES:
+        tile = [min(TILE, -(-side // 16) * 16) for side in shape[-2:]]
+        whole_tiles = (-(-side // step) * step for side, step in zip(shape[-2:], tile))
         tifffile.imwrite(
             path,
             shape=shape,
             dtype=dtype,
-            tile=tuple(min(TILE, -(-side // 16) * 16) for side in shape[-2:]),
+            tile=tuple(tile),
             photometric="minisblack",
-            bigtiff=_bytes(shape, dtype) > 2**32 - 2**25,
+            bigtiff=_bytes((*shape[:-2], *whole_tiles), dtype) > 2**32 - 2**25,
             metadata={"axes": axes},
         )
     else:
-        shard = [min(step, side) for step, side in zip(stride, shape[-2:])]
-        chunk = [next(side // n for n in range(-(-side // 512), side + 1) if side % n == 0) for side in shard]
+        shard, chunk = [], []
+        for step, side in zip(stride, shape[-2:]):
+            if step < side:  # one process writes to a shard
+                chunk.append(next(step // n for n in range(-(-step // CHUNK), step + 1) if step % n == 0))
+                shard.append(step)
+            else:
+                parts = -(-side // CHUNK)
+                chunk.append(-(-side // parts))
+                shard.append(parts * chunk[-1])
         planes = (1,) * (len(shape) - 2)
         create_zarr(path, shape, dtype, axes, (*planes, *chunk), (*planes, *shard))
 
@@ -135,7 +145,7 @@ class _ZarrSink:
             self._array[(*index, slice(top, top + one.shape[0]), slice(left, left + one.shape[1]))] = one
 
     def flush(self) -> None:
-        """The store writes each file under another name and renames it."""
+        """The store writes each file under another name and renames it; a power cut may lose what was written last."""
 
 
 def _write_rows(file: BinaryIO, offset: int, values: NDArray, width: int) -> None:
@@ -221,5 +231,5 @@ def _bytes(shape: tuple[int, ...], dtype: np.dtype | type) -> int:
 
 
 def whole_array(path: Path) -> NDArray:
-    """The array of a file that `create` made, of which nothing is read yet."""
-    return np.lib.format.open_memmap(path, mode="r") if path.suffix == ".npy" else open_zarr(path)[0]
+    """The array of an NPY file that `create` made, of which nothing is read yet."""
+    return np.lib.format.open_memmap(path, mode="r")

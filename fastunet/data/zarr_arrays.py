@@ -62,7 +62,7 @@ def create_zarr(
         If zarr is not installed.
     """
     zarr = _zarr(path)
-    names = [AXIS_NAMES[axis] for axis in axes]
+    names = [AXIS_NAMES.get(axis, axis.lower()) for axis in axes]
     group = zarr.create_group(path)
     scale = {"type": "scale", "scale": [1.0] * len(names)}
     group.attrs["ome"] = {
@@ -70,7 +70,7 @@ def create_zarr(
         "multiscales": [
             {
                 "name": path.stem,
-                "axes": [{"name": name, "type": AXIS_TYPES[name]} for name in names],
+                "axes": [{"name": name, "type": AXIS_TYPES.get(name, "space")} for name in names],
                 "datasets": [{"path": LEVEL, "coordinateTransformations": [scale]}],
             }
         ],

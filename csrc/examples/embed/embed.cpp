@@ -16,7 +16,7 @@ int main(int count, char** arguments) try {
   int most = 0;
   file >> magic >> width >> height >> most;
   file.get();
-  if (!file || magic != "P5" || width < 1 || height < 1 || width > 65535 || height > 65535)
+  if (!file || magic != "P5" || width < 1 || height < 1 || width > 65535 || height > 65535 || most < 1 || most > 65535)
     throw std::runtime_error(std::string(arguments[2]) + ": a binary PGM without comments is expected");
   std::vector<std::uint8_t> bytes(static_cast<std::size_t>(width) * height * (most > 255 ? 2 : 1));
   file.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));

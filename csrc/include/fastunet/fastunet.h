@@ -48,6 +48,7 @@ typedef struct {
 /* The defaults, which a null pointer stands for, too. */
 FASTUNET_C_API fastunet_options fastunet_default_options(void);
 
+/* *predictor becomes null where there is none. */
 FASTUNET_C_API fastunet_status fastunet_load(const char* model_file, const fastunet_options* options,
                                              fastunet_predictor** predictor);
 FASTUNET_C_API void fastunet_free(fastunet_predictor* predictor); /* a null pointer is let alone */

@@ -129,7 +129,7 @@ struct Plan {
   std::ptrdiff_t tile_height, tile_width;            // of the network's input
   std::ptrdiff_t preferred_height, preferred_width;  // had memory been unlimited
   std::ptrdiff_t tiles;
-  std::uint64_t memory;  // bytes beyond image, result and weights
+  std::uint64_t memory;  // bytes beyond image, result and weights, of a prediction of probabilities
 };
 
 // Is told after every tile which part is done, up to 1; where it returns false, the prediction ends in Cancelled.
