@@ -113,6 +113,16 @@ def test_an_nvrtc_that_is_missing_is_named_with_the_extra_of_this_cupy(monkeypat
         backends.resolve_device("cuda")
 
 
+def test_what_the_search_for_nvrtc_says_in_lines_becomes_a_sentence(monkeypatch):
+    def fails():
+        raise RuntimeError("Failure finding it:\n No such file\n")
+
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
+    monkeypatch.setattr("fastunet.backends.cuda.compiler.version", fails)
+    with pytest.raises(ValueError, match=r"NVRTC cannot be loaded \(Failure finding it: No such file\); pip"):
+        backends.resolve_device("cuda")
+
+
 def test_a_gpu_is_described(monkeypatch):
     properties = {"name": b"NVIDIA H200", "major": 9, "minor": 0, "totalGlobalMem": 140 << 30}
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(getDeviceProperties=lambda index: properties))

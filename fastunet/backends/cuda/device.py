@@ -348,7 +348,8 @@ def _import_cupy() -> Any:
         compiler.version()
     except (ImportError, RuntimeError) as error:
         major = cupy.cuda.runtime.runtimeGetVersion() // 1000
-        raise ValueError(f"NVRTC cannot be loaded ({error}); pip install 'fastunet[cuda{major}]'") from None
+        told = " ".join(str(error).split())  # of several lines, from the binding's own search
+        raise ValueError(f"NVRTC cannot be loaded ({told}); pip install 'fastunet[cuda{major}]'") from None
     return cupy
 
 
